@@ -1,0 +1,256 @@
+"""From a configuration to what a run is made of: tokenizer, data, spec; and a trained run read back."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_training import backend as backends
+from mlx_training.backend import Backend, Runtime
+from mlx_training.checkpoint import Checkpoint, CheckpointStore
+from mlx_training.config import RunConfig, load_config
+from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.data.batch import Batch
+from mlx_training.data.batching import Batches, eval_batches
+from mlx_training.data.collate import collate
+from mlx_training.data.corpus import corpus_documents
+from mlx_training.data.importers import SUFFIXES, load_rows
+from mlx_training.data.prompt import Encoded, PromptEncoder
+from mlx_training.data.questions import QuestionDataset
+from mlx_training.data.rows import Row
+from mlx_training.data.splits import SplitSpec, load_splits
+from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_tokens
+from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
+from mlx_training.environment import resolve_backend
+from mlx_training.errors import CheckpointError, ConfigError, DataError
+from mlx_training.llm_source import describe_llm, read_llm_config, resolve_llm
+from mlx_training.spec import DecoderSpec, EncoderSpec, FrozenLM, ProjectorSpec, RopeScaling, Spec, TimeSeriesSpec
+
+SPLITS = ("train", "validation", "test")
+GENERATED_ROWS = {"train": 100_000, "validation": 500, "test": 1_000}
+
+
+@dataclass(frozen=True)
+class RowData:
+    """Rows about time series, by split, and how they become tokens."""
+
+    splits: dict[str, Sequence[Row]]
+    tokenizer: Tokenizer
+    encoder: PromptEncoder
+    config: RunConfig
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """The rows of a split."""
+        return _pick(self.splits, split)
+
+    def encode(self, row: Row) -> Encoded:
+        """Prompt and answer."""
+        return self.encoder.encode(row)
+
+    def encode_prompt(self, row: Row, *, ablate: bool = False) -> Encoded:
+        """Prompt alone, to generate from; `ablate` removes what the series say."""
+        return self.encoder.encode(row, with_answer=False, ablate=ablate)
+
+    def train_batches(self) -> Batches[Row, Encoded]:
+        """Training micro-batches by index."""
+        cache = self.config.dataset.format != "questions"
+        size, seed = self.config.training.batch_size, self.config.experiment.seed
+        return Batches(self.rows("train"), self.encode, size, seed, collate, cache=cache)
+
+    def eval_batches(self, split: str, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        """Every row of a split once (at most `limit`)."""
+        return eval_batches(self.rows(split)[:limit], self.encode, batch_size, collate)
+
+    def read(self, path: Path) -> Sequence[Row]:
+        """Every row of another file: in this run's format where it fits the suffix, else canonical rows."""
+        data = self.config.dataset
+        fits = data.format not in ("auto", "questions") and (
+            SUFFIXES.get(path.suffix, data.format) in (data.format, "jsonl", "parquet", "csv")
+        )
+        options = data.options.model_dump(exclude_none=True) if fits else {}
+        return load_rows(path, data.format if fits else "auto", **options)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Windows of text, by split."""
+
+    splits: dict[str, TextWindows]
+    tokenizer: Tokenizer
+    config: RunConfig
+
+    def train_batches(self) -> Batches[np.ndarray, np.ndarray]:
+        """Training micro-batches by index."""
+        windows = _pick(self.splits, "train")
+        size, seed = self.config.training.batch_size, self.config.experiment.seed
+        return Batches(windows, lambda window: window, size, seed, windows.collate)
+
+    def eval_batches(self, split: str, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        """Every window of a split once (at most `limit`)."""
+        windows = _pick(self.splits, split)
+        chosen = [windows[i] for i in range(min(len(windows), limit or len(windows)))]
+        return eval_batches(chosen, lambda window: window, batch_size, windows.collate)
+
+
+Data = RowData | TextData
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a configuration stands for, before any framework is chosen."""
+
+    config: RunConfig
+    spec: Spec
+    data: Data
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained run with its model on a backend."""
+
+    config: RunConfig
+    data: Data
+    backend: Backend
+    model: Any
+    checkpoint: Checkpoint
+
+
+def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
+    """Read tokenizer and data and work out the spec. A tokenizer that is trained here is kept in `run`.
+
+    Raises ConfigError and DataError; vocabularies that disagree are found here, before the first step.
+    """
+    if isinstance(config.model, TimeSeriesConfig):
+        spec = timeseries_spec(config.model)
+        tokenizer = Tokenizer.load(spec.llm.directory)
+        check_vocabulary(tokenizer.vocab_size, spec.llm.vocab_size, str(spec.llm.directory))
+        encoder = PromptEncoder(
+            tokenizer,
+            spec.encoder.patch_size,
+            layout=config.model.layout,
+            normalize=config.dataset.normalize,
+            stats_in_text=config.dataset.stats_in_text,
+            max_length=config.dataset.max_length or _context_length(spec.llm.directory),
+            max_patches=spec.encoder.max_patches,
+        )
+        return Assembly(config, spec, RowData(_row_splits(config), tokenizer, encoder, config))
+    data = _text_data(config, config.model, run)
+    return Assembly(config, decoder_spec(config.model, data.tokenizer.vocab_size), data)
+
+
+def timeseries_spec(model: TimeSeriesConfig) -> TimeSeriesSpec:
+    """The spec of a `model` section of family timeseries."""
+    directory = resolve_llm(model.llm_id, model.llm_revision)
+    info = describe_llm(directory)
+    weights = "dequantized" if model.llm_weights == "auto" else model.llm_weights
+    return TimeSeriesSpec(
+        llm=FrozenLM(directory, info.hidden_size, info.vocab_size, info.sha256, weights),
+        encoder=EncoderSpec(**model.encoder.model_dump()),
+        projector=ProjectorSpec(**model.projector.model_dump()),
+        train_lm_head=model.train_lm_head,
+    )
+
+
+def decoder_spec(model: DecoderConfig, vocab_size: int) -> DecoderSpec:
+    """The spec of a `model` section of family decoder."""
+    shape = model.decoder.model_dump(exclude={"rope_scaling"})
+    shape["num_kv_heads"] = shape["num_kv_heads"] or shape["num_heads"]
+    shape["head_dim"] = shape["head_dim"] or shape["hidden_size"] // shape["num_heads"]
+    scaling = model.decoder.rope_scaling
+    return DecoderSpec(
+        vocab_size=vocab_size, rope_scaling=RopeScaling(**scaling.model_dump()) if scaling else None, **shape
+    )
+
+
+def load_run(run: Path, backend: str | None = None) -> LoadedRun:
+    """A run's best checkpoint (else its latest) on its own backend, or on another."""
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run}: no config.yaml; expected a run directory, as `mlx-training train` makes it")
+    config = load_config(run / "config.yaml")
+    assembly = assemble(config, run)
+    checkpoint = CheckpointStore(run).best_or_latest()
+    chosen = open_backend(config, backend)
+    model = chosen.build(assembly.spec)
+    chosen.load(model, checkpoint.model)
+    return LoadedRun(config, assembly.data, chosen, model, checkpoint)
+
+
+def open_backend(config: RunConfig, name: str | None = None) -> Backend:
+    """The configured backend (or `name` in its place) with the configured device and precision."""
+    runtime = Runtime(device=config.device, precision=config.training.precision)
+    return backends.get(resolve_backend(name or config.backend), runtime)
+
+
+def validate(config: RunConfig) -> dict[str, Any]:
+    """Everything that can be checked without a framework; a summary for people."""
+    assembly = assemble(config)
+    spec, data = assembly.spec, assembly.data
+    first = data.train_batches().batch(0)
+    groups: dict[str, int] = {}
+    for param in spec.params().values():
+        groups[param.group] = groups.get(param.group, 0) + param.size
+    return {
+        "config": config.experiment.name,
+        "family": config.model.family,
+        "trainable_parameters": groups,
+        "vocabulary": data.tokenizer.vocab_size,
+        "rows": {name: len(rows) for name, rows in data.splits.items()},
+        "first_batch": {"tokens": list(first.tokens.shape), "supervised": first.num_supervised},
+    }
+
+
+def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:
+    data = config.dataset
+    limits = {name: getattr(data, f"num_samples_{name}") for name in SPLITS}
+    if data.format == "questions":
+        seed = config.experiment.seed
+        return {name: QuestionDataset(seed, name, limits[name] or GENERATED_ROWS[name]) for name in SPLITS}
+    assert data.path is not None and data.splits is not None, "the configuration checks this"
+    options = data.options.model_dump(exclude_none=True)
+    splits = load_splits(data.path, data.format, SplitSpec(**data.splits.model_dump(exclude_none=True)), **options)
+    return {name: rows[: limits[name]] for name, rows in splits.items()}
+
+
+def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> TextData:
+    data = config.dataset
+    limits = {name: getattr(data, f"num_samples_{name}") for name in SPLITS}
+    if data.format == "corpus":
+        seed = config.experiment.seed
+        documents = {n: list(corpus_documents(seed, n, limits[n] or GENERATED_ROWS[n])) for n in SPLITS}
+    else:
+        assert data.path is not None, "the configuration checks this"
+        documents = {"train": read_documents(data.path, **data.options.model_dump(exclude_none=True))}
+    tokenizer = _text_tokenizer(model, documents["train"], run)
+    streams = {name: encode_documents(texts, tokenizer) for name, texts in documents.items()}
+    if data.format != "corpus":
+        assert data.splits is not None and data.splits.fraction is not None, "the configuration checks this"
+        streams = split_tokens(streams["train"], data.splits.fraction)
+    context = model.decoder.context_length
+    return TextData({name: TextWindows(stream, context) for name, stream in streams.items()}, tokenizer, config)
+
+
+def _text_tokenizer(model: DecoderConfig, texts: Sequence[str], run: Path | None) -> Tokenizer:
+    """The tokenizer of a directory, the one this run has trained, or one trained now."""
+    if isinstance(model.tokenizer, str):
+        return Tokenizer.load(model.tokenizer)
+    if run is not None and (run / "tokenizer" / "tokenizer.json").is_file():
+        return Tokenizer.load(run / "tokenizer")
+    if run is not None:
+        return train_bpe(texts, model.tokenizer.train, run / "tokenizer")
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        return train_bpe(texts, model.tokenizer.train, directory)
+
+
+def _context_length(directory: Path) -> int | None:
+    return read_llm_config(directory).get("max_position_embeddings")
+
+
+def _pick(splits: dict[str, Any], name: str) -> Any:
+    if name not in splits:
+        raise DataError(f"this run has no split {name!r}; it has: {', '.join(splits)} (dataset.splits defines them)")
+    return splits[name]

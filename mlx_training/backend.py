@@ -1,0 +1,150 @@
+"""The seam between the shared half and the two backends: protocols, and `get(name)`.
+
+Everything a trainer, an evaluation or a test asks of a framework is here. Arrays cross the seam as NumPy, under
+the canonical names of the parameter table.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from mlx_training.data.batch import Batch
+from mlx_training.errors import BackendError
+from mlx_training.objectives import Objective
+from mlx_training.spec import Spec
+
+Arrays = dict[str, np.ndarray]
+PACKAGES = {"mlx": "mlx_training.mlx_backend", "torch": "torch_backend"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to run, as opposed to what: nothing here changes the mathematics beyond rounding."""
+
+    device: str = "auto"  # auto | cpu | gpu | cuda | mps
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the LM's activations; sums and states stay float32
+    compile: bool = True  # MLX: one compiled step a batch shape
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW (Loshchilov & Hutter 2019) with bias correction, and global-norm clipping before it."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float | None = None
+
+
+class Model(Protocol):
+    """What an objective may ask of either realisation."""
+
+    def logprobs(self, batch: Batch) -> Any:
+        """log p(target), float32 (B, K); the head is applied at the label places only."""
+
+    def logits(self, batch: Batch) -> Any:
+        """Logits of every place, float32 (B, L, V): small vocabularies and tests."""
+
+
+class Step(Protocol):
+    """One optimiser step: gradients over micro-batches, division by the total weight, clipping, update."""
+
+    def __call__(self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float]) -> dict[str, Any]:
+        """Take step number `step` (from 1) with one learning rate per parameter group.
+
+        Returns device scalars {"loss": mean nats, "weight": supervised tokens, "grad_norm": before clipping};
+        calling `float` on one waits for the device.
+        """
+
+    def export(self) -> Arrays:
+        """Optimiser state: "<parameter>.m", "<parameter>.v" and "step"."""
+
+    def load(self, arrays: Arrays) -> None:
+        """Take over a state that `export` of either backend returned."""
+
+
+class Session(Protocol):
+    """Incremental decoding with a key/value cache."""
+
+    def prefill(self, batch: Batch) -> np.ndarray:
+        """Read the prompts, series included; next-token logits (B, V)."""
+
+    def extend(self, tokens: np.ndarray) -> np.ndarray:
+        """Append one token (B,) to every row; next-token logits (B, V)."""
+
+    def fork(self, rows: Sequence[int]) -> "Session":
+        """A session over copies of these rows; this one stays valid."""
+
+
+class Backend(Protocol):
+    """One framework."""
+
+    name: str
+    runtime: Runtime
+
+    def build(self, spec: Spec) -> Any:
+        """Realise a spec: load and freeze what is pretrained; trainable parameters wait for `load`."""
+
+    def load(self, model: Any, arrays: Arrays) -> None:
+        """Set every trainable parameter; names and shapes must match the table exactly (CheckpointError)."""
+
+    def export(self, model: Any) -> Arrays:
+        """Every trainable parameter, canonical names, float32."""
+
+    def make_step(self, model: Any, objective: Objective, optim: Optim, *, seed: int) -> Step:
+        """An optimiser step over the trainable parameters."""
+
+    def score(self, model: Any, objective: Objective, batch: Batch) -> dict[str, float]:
+        """The objective's sums without gradients, dropout off."""
+
+    def gradients(self, model: Any, objective: Objective, batch: Batch) -> Arrays:
+        """d(loss / weight) / d(parameter) under canonical names."""
+
+    def session(self, model: Any) -> Session:
+        """A fresh decoding session."""
+
+    def frozen_hash(self, model: Any) -> str:
+        """SHA-256 over the frozen weights as they stand in memory ("" if there are none)."""
+
+    def peak_memory(self) -> int:
+        """Peak bytes: of the device where it counts them, else of the process."""
+
+
+def get(name: str, runtime: Runtime | None = None) -> Backend:
+    """The backend "mlx" or "torch"; nothing else imports a backend package.
+
+    Raises BackendError when the name is unknown or the framework cannot be imported.
+    """
+    if name not in PACKAGES:
+        raise BackendError(f"unknown backend {name!r}; expected one of: {', '.join(PACKAGES)}")
+    try:
+        package = importlib.import_module(PACKAGES[name])
+    except ImportError as error:
+        raise BackendError(
+            f"backend {name!r} is not usable here ({error}); install it with: pip install 'mlx-training[{name}]'"
+        ) from error
+    return package.Backend(runtime or Runtime())
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 63-bit seed for one step's dropout: a function of (seed, step), so resuming has no RNG state to lose."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "little") >> 1
+
+
+def optimizer_groups(spec: Spec) -> dict[tuple[str, bool], list[str]]:
+    """Parameters that share a learning-rate group and a decay flag: (group, decay) -> names."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name, param in spec.params().items():
+        groups.setdefault((param.group, param.decay), []).append(name)
+    return groups
+
+
+def expect_names(expected: Iterable[str], given: Iterable[str], what: str) -> None:
+    """Internal check that two sets of names agree; the message lists the difference."""
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    assert not missing and not extra, f"{what}: missing {missing}, unexpected {extra}"

@@ -1,0 +1,297 @@
+"""The command line: `mlx-training VERB ...`. Verbs are in one table; everything heavy is imported inside a verb."""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mlx_training import __version__
+from mlx_training.errors import CheckpointError, DataError, Interrupted, UserError
+
+Result = dict[str, Any]
+
+BACKENDS = ("mlx", "torch", "auto")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: its help, its flags, what it does, and how its result is shown to a person."""
+
+    summary: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Result]
+    show: Callable[[Result], str]
+
+
+def _train(args: argparse.Namespace) -> Result:
+    from mlx_training.config import load_config
+    from mlx_training.trainer import train
+
+    return train(load_config(args.config, _overrides(args)), resume=args.resume)
+
+
+def _evaluate(args: argparse.Namespace) -> Result:
+    _expect_run(args.run)
+    _expect_rows("--data", args.data)
+    from mlx_training.evaluate import evaluate_run
+
+    return evaluate_run(args.run, split=args.split, data=args.data, backend=args.backend)
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    _expect_run(args.run)
+    _expect_rows("--rows", args.rows)
+    from mlx_training.generate import generate_rows
+
+    return generate_rows(args.run, args.rows, backend=args.backend)
+
+
+def _validate(args: argparse.Namespace) -> Result:
+    from mlx_training.assemble import validate
+    from mlx_training.config import load_config
+
+    return validate(load_config(args.config, _overrides(args)))
+
+
+def _env(args: argparse.Namespace) -> Result:
+    from mlx_training.environment import report
+
+    return report()
+
+
+def _ls(args: argparse.Namespace) -> Result:
+    from mlx_training.configs import description, shipped_configs
+
+    return {
+        "configs": [
+            {"name": name, "path": str(path), "description": description(path)}
+            for name, path in shipped_configs().items()
+        ]
+    }
+
+
+def _schema(args: argparse.Namespace) -> Result:
+    from mlx_training.config import json_schema
+
+    return json_schema()
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    backend = getattr(args, "backend", None)
+    return [*args.overrides, *([f"backend={backend}"] if backend else [])]
+
+
+def _expect_run(run: Path) -> None:
+    if not run.is_dir():
+        raise CheckpointError(f"RUN {str(run)!r} is not a directory; give the output_dir of a training run")
+
+
+def _expect_rows(flag: str, path: Path | None) -> None:
+    if path is not None and not path.is_file():
+        raise DataError(f"{flag} {str(path)!r} is not a file; give a file of rows (.jsonl or .parquet)")
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see `ls`)")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="values laid over it, spelled as in the YAML: training.max_steps=100",
+    )
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    _backend_argument(parser, "the configuration's")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue: auto = the newest checkpoint in output_dir, if there is one"
+    )
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--split", choices=("train", "validation", "test"), help="default: evaluation.test_split")
+    rows.add_argument("--data", metavar="FILE", type=Path, help="evaluate every row of this file; no split is applied")
+    _backend_argument(parser, "the run's")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_argument(parser)
+    parser.add_argument("--rows", metavar="FILE", type=Path, required=True, help="rows to answer, .jsonl or .parquet")
+    _backend_argument(parser, "the run's")
+
+
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a training run (its output_dir)")
+
+
+def _backend_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, help=f"default: {default}")
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _show_tree(result: Any, indent: str = "") -> str:
+    """Nested mappings as indented `key: value` lines."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{key}:", _show_tree(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")
+    return "\n".join(lines)
+
+
+def _show_rows(result: Result) -> str:
+    return "\n".join(f"{row['id']}\t{row['prediction']}" for row in result["rows"])
+
+
+def _show_configs(result: Result) -> str:
+    width = max(len(config["name"]) for config in result["configs"])
+    return "\n".join(f"{config['name']:{width}}  {config['description']}" for config in result["configs"])
+
+
+def _show_schema(result: Result) -> str:
+    return json.dumps(result, indent=2)
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "train a model from one YAML, evaluate it, and keep its best checkpoint",
+        "mlx-training train quick_test training.max_steps=200 --backend torch",
+        _train_arguments,
+        _train,
+        _show_tree,
+    ),
+    "evaluate": Verb(
+        "accuracy of a trained run, beside chance and the same rows without their series",
+        "mlx-training evaluate runs/quick_test --split test",
+        _evaluate_arguments,
+        _evaluate,
+        _show_tree,
+    ),
+    "generate": Verb(
+        "answer every row of a file",
+        "mlx-training generate runs/quick_test --rows questions.jsonl --json",
+        _generate_arguments,
+        _generate,
+        _show_rows,
+    ),
+    "validate": Verb(
+        "check a configuration and the files it names, without training",
+        "mlx-training validate timeseries/har dataset.path=har.npz",
+        _config_arguments,
+        _validate,
+        _show_tree,
+    ),
+    "env": Verb(
+        "backends, devices and versions on this machine", "mlx-training env --json", _no_arguments, _env, _show_tree
+    ),
+    "ls": Verb("the shipped configurations", "mlx-training ls", _no_arguments, _ls, _show_configs),
+    "schema": Verb(
+        "JSON Schema of a configuration, for editors",
+        "mlx-training schema > config.schema.json",
+        _no_arguments,
+        _schema,
+        _show_schema,
+    ),
+}
+
+
+def usage() -> str:
+    """What `mlx-training --help` prints."""
+    verbs = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
+    examples = "\n".join(f"  {VERBS[name].example}" for name in ("train", "evaluate", "generate", "validate"))
+    return f"""usage: mlx-training VERB ... [--json]
+
+Train time-series language models and small language models, on MLX or PyTorch, from one YAML.
+
+verbs:
+{verbs}
+
+examples:
+{examples}
+
+`mlx-training VERB --help` explains a verb. With --json the last line of stdout is one JSON object.
+Exit codes: 0 fine, 2 configuration, 3 data or checkpoint, 4 diverged, 130/143 interrupted.
+"""
+
+
+def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+    """The verb and its arguments; overrides may stand before or after flags. Exits with 2 on a usage error."""
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        close = get_close_matches(name, VERBS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"unknown verb {name!r}; the verbs are {', '.join(VERBS)}{hint}")
+    verb = VERBS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"mlx-training {name}",
+        description=verb.summary[0].upper() + verb.summary[1:] + ".",
+        epilog=f"example: {verb.example}",
+    )
+    verb.arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    return verb, parser.parse_intermixed_args(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors of the user's making are one message on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"mlx-training {__version__}")
+        return 0
+    try:
+        verb, args = parse(argv)
+        if args.json:
+            with contextlib.redirect_stdout(sys.stderr):  # progress must not come between a caller and the result
+                result = verb.run(args)
+            print(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False))
+        else:
+            print(verb.show(verb.run(args)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as interruption:
+        print(f"interrupted: {interruption}", file=sys.stderr)
+        return interruption.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return DataError.exit_code
+    return 0
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON values: paths as text, NumPy scalars as numbers, and null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What one key says about another: defaults that depend on other keys, and keys that contradict each other."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+
+if TYPE_CHECKING:
+    from mlx_training.config_schema import RunConfig
+
+GENERATED = {"questions": "timeseries", "corpus": "decoder"}  # formats that the project makes itself: no file
+TEXT = ("corpus", "text")  # formats of a decoder; all others are rows about time series
+CLASSES = ("question", "post_prompt", "channel_names", "label_names")
+OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.options
+    "ts": CLASSES,
+    "npz": (*CLASSES, "x", "y", "labels", "group"),
+    "csv": (
+        *CLASSES,
+        *("series_columns", "value_columns", "answer_column"),
+        *("question_column", "id_column", "group_column", "type_column"),
+    ),
+    "m4": ("captions",),
+    "ecg_qa_cot": ("records", "template_answers"),
+    "text": ("text_column", "separator"),
+}
+NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
+
+# OpenTSLM-SP's sizes (StanfordBDHG/OpenTSLM): 2,110,976 + 264,448 parameters in front of Llama-3.2-1B.
+PRESETS: dict[str, dict[str, Any]] = {
+    "opentslm-sp": {
+        "layout": "opentslm",
+        "encoder": {
+            "patch_size": 4,
+            "hidden_size": 128,
+            "num_layers": 6,
+            "num_heads": 8,
+            "ffn_size": 1024,
+            "max_patches": 1024,
+            "dropout": 0.0,
+            "numeric_scale": False,
+        },
+        "projector": {"norm_output": False, "dropout": 0.0},
+    }
+}
+
+
+class Conflict(NamedTuple):
+    """Keys that contradict each other, and what to do about it. Errors cite the first key that was given."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: mappings merge key by key, anything else (numbers, lists, null) replaces."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def fill_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the defaults that depend on other keys. Values of a wrong type are left for the type check."""
+    filled = copy.deepcopy(dict(data))
+
+    def section(name: str, within: dict[str, Any] = filled) -> dict[str, Any]:
+        value = within.setdefault(name, {})
+        return value if isinstance(value, dict) else {}
+
+    def default(mapping: dict[str, Any], key: str, value: Any) -> None:
+        if mapping.get(key) is None:
+            mapping[key] = value
+
+    default(filled, "output_dir", f"runs/{section('experiment').get('name', 'run')}")
+    model, dataset = section("model"), section("dataset")
+    if isinstance(preset := model.get("preset"), str) and preset in PRESETS:
+        filled["model"] = model = merge(PRESETS[preset], model)
+    if model.get("layout") == "opentslm":
+        default(section("encoder", model), "numeric_scale", False)
+    if model.get("family") == "decoder":
+        default(section("evaluation"), "metrics", ["loss"])
+    if dataset.get("format") in GENERATED:
+        for split, num_samples in NUM_GENERATED.items():
+            default(dataset, f"num_samples_{split}", num_samples)
+    else:
+        default(dataset, "splits", {})
+        if not any(section("splits", dataset).get(kind) for kind in ("file", "group", "fraction")):
+            section("splits", dataset)["fraction"] = {"validation": 0.1, "test": 0.1}
+    return filled
+
+
+def find_conflicts(config: "RunConfig") -> Iterator[Conflict]:
+    """Every contradiction between keys that are each valid alone."""
+    yield from _model_conflicts(config)
+    yield from _dataset_conflicts(config)
+    yield from _training_conflicts(config)
+
+
+def _model_conflicts(config: "RunConfig") -> Iterator[Conflict]:
+    model = config.model
+    if isinstance(model, TimeSeriesConfig):
+        encoder = model.encoder
+        keys = ("model.encoder.hidden_size", "model.encoder.num_heads")
+        yield from _divides(keys, encoder.hidden_size, encoder.num_heads)
+        if model.layout == "opentslm" and encoder.numeric_scale:
+            keys = ("model.encoder.numeric_scale", "model.layout")
+            yield Conflict(keys, "given true; the opentslm layout has no numeric scale, set false or layout: standard")
+    elif isinstance(model, DecoderConfig):
+        shape = model.decoder
+        if shape.head_dim is None:
+            keys = ("model.decoder.hidden_size", "model.decoder.num_heads")
+            yield from _divides(keys, shape.hidden_size, shape.num_heads)
+        keys = ("model.decoder.num_heads", "model.decoder.num_kv_heads")
+        yield from _divides(keys, shape.num_heads, shape.num_kv_heads or 1)
+        if (head_dim := shape.head_dim or shape.hidden_size // shape.num_heads) % 2:
+            keys = ("model.decoder.head_dim", "model.decoder.hidden_size")
+            yield Conflict(keys, f"a head is {head_dim} wide; rotary positions need an even number")
+
+
+def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]:
+    if whole % part:
+        yield Conflict(keys, f"given {whole}; it must be a multiple of {keys[1].rpartition('.')[2]}, which is {part}")
+
+
+def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
+    data, family = config.dataset, config.model.family
+    if (data.format in TEXT) != (family == "decoder") and data.format != "auto":
+        formats = ", ".join(TEXT) if family == "decoder" else "rows about time series (questions, jsonl, npz, ...)"
+        yield Conflict(("dataset.format", "model.family"), f"given {data.format}; the {family} family reads {formats}")
+    if data.format != "auto":
+        readable = OPTIONS.get(data.format, ())
+        for name in data.options.model_dump(exclude_none=True):
+            if name not in readable:
+                message = f"the format {data.format} does not read it; it reads {', '.join(readable) or 'no options'}"
+                yield Conflict((f"dataset.options.{name}", "dataset.format"), message)
+    if data.format in GENERATED:
+        for key, value in {"path": data.path, "splits": data.splits}.items():
+            if value is not None:
+                message = f"{data.format} is generated and has no {key}; remove this key or change dataset.format"
+                yield Conflict((f"dataset.{key}", "dataset.format"), message)
+    else:
+        if data.path is None:
+            message = "missing; give the file or folder of the data, as in dataset.path=FILE"
+            yield Conflict(("dataset.path", "dataset.format"), message)
+        yield from _split_conflicts(config)
+
+
+def _split_conflicts(config: "RunConfig") -> Iterator[Conflict]:
+    splits = config.dataset.splits
+    assert splits is not None, "filled by fill_defaults"
+    named: dict[str, str] = {}
+    kinds = splits.model_dump(include={"file", "group", "fraction"}, exclude_none=True)
+    for kind, entries in kinds.items():
+        for name in entries:
+            if name in named and name != "train":
+                keys = (f"dataset.splits.{kind}.{name}", f"dataset.splits.{named[name]}.{name}")
+                yield Conflict(keys, f"also defined by {named[name]}; remove one of them (null removes a key)")
+            named.setdefault(name, kind)
+    if (total := sum(kinds.get("fraction", {}).values())) >= 1:
+        yield Conflict(("dataset.splits.fraction",), f"given {total:g} in all; it must leave some rows to train on")
+    if splits.by_group and "fraction" not in kinds:
+        yield Conflict(("dataset.splits.by_group",), "given true; it says how fractions are drawn, and none is given")
+    seen: dict[str, str] = {}
+    for name, groups in kinds.get("group", {}).items():
+        for group in map(str, groups):
+            if seen.setdefault(group, name) != name:
+                keys = (f"dataset.splits.group.{name}", f"dataset.splits.group.{seen[group]}")
+                yield Conflict(keys, f"group {group} is in {seen[group]} too; a group belongs to one split")
+    for key in ("split", "test_split"):
+        name = getattr(config.evaluation, key)
+        if name not in (None, "train", *named):
+            hint = f"name it in dataset.splits, e.g. dataset.splits.fraction.{name}=0.1"
+            hint += " (or set this key to null)" if key == "test_split" else ""
+            yield Conflict((f"evaluation.{key}", "dataset.splits"), f"the split {name} has no rows; {hint}")
+
+
+def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
+    training, groups = config.training, config.model.groups
+    if (training.max_steps is None) == (training.num_epochs is None):
+        given = "neither is given" if training.max_steps is None else "both are given (set the one not meant to null)"
+        keys = ("training.max_steps", "training.num_epochs")
+        yield Conflict(keys, f"{given}; exactly one of max_steps and num_epochs")
+    if isinstance(training.learning_rate, dict):
+        for name in training.learning_rate:
+            if name not in groups:
+                hint = f"; did you mean {close[0]}?" if (close := get_close_matches(name, groups, 1)) else ""
+                message = f"unknown group; the groups that train are {', '.join(groups)}{hint}"
+                yield Conflict((f"training.learning_rate.{name}", "model.family"), message)
+        if missing := [name for name in groups if name not in training.learning_rate]:
+            message = f"no rate for {', '.join(missing)}; give every group that trains ({', '.join(groups)})"
+            yield Conflict(("training.learning_rate", "model.family"), message)
+    if not any(config.learning_rates.values()):
+        yield Conflict(("training.learning_rate",), "every rate is 0, so nothing would train; give one above 0")
+    evaluation, best = config.evaluation, config.checkpoint.best
+    if best.removeprefix("eval/") not in evaluation.metrics:
+        message = f"given {best}; evaluation.metrics has only {', '.join(evaluation.metrics) or 'nothing'}"
+        yield Conflict(("checkpoint.best", "evaluation.metrics"), message)
+    if config.model.family == "decoder" and {*evaluation.metrics} - {"loss"}:
+        yield Conflict(("evaluation.metrics", "model.family"), "a decoder has no answers to score; give [loss]")

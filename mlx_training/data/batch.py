@@ -1,0 +1,39 @@
+"""Batch: what a model sees at one micro-batch, as NumPy arrays with fixed meanings.
+
+Shapes: B rows, L tokens, K labels a row, S series, T samples, P patches a series (P = T / patch_size).
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Aligned tokens, targets and mask. Nothing downstream shifts labels again.
+
+    Rows are padded at the end only; pads are never supervised, and no row can see another's.
+    `targets[b, k]` is the token to predict from the hidden state at `positions[b, k]`; with
+    `positions=None` every place is a label place (K == L), as in language-model windows.
+    """
+
+    tokens: np.ndarray  # int32 (B, L); a patch's place holds id 0, which is overwritten
+    targets: np.ndarray  # int32 (B, K)
+    mask: np.ndarray  # float32 (B, K): 1 where supervised, 0 at padding labels
+    lengths: np.ndarray  # int32 (B,): tokens and patches before the padding
+    positions: np.ndarray | None = None  # int32 (B, K)
+    series: np.ndarray | None = None  # float32 (S, T): normalised, zero-padded to a patch multiple
+    scale: np.ndarray | None = None  # float32 (S, 2): asinh(mean), log(std) of the raw series
+    num_patches: np.ndarray | None = None  # int32 (S,): real patches of each series, at least 1
+    patch_index: np.ndarray | None = None  # int32 (B, L): 0 = text, else 1 + s * P + p
+    rows: tuple[int, ...] = ()  # index of each row in its dataset, for reports
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that are present, by field name (what a backend moves to its device)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of supervised tokens."""
+        return int(self.mask.sum())

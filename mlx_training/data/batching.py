@@ -1,0 +1,136 @@
+"""Batches in a seekable order: batch i is a pure function of (seed, i), so nothing is stored to resume."""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from mlx_training.data.batch import Batch
+from mlx_training.errors import DataError
+
+RowT = TypeVar("RowT")
+ItemT = TypeVar("ItemT", bound=Sized)
+ItemT_contra = TypeVar("ItemT_contra", bound=Sized, contravariant=True)
+
+
+class Collate(Protocol[ItemT_contra]):
+    """Encoded rows and their indices in the dataset -> Batch."""
+
+    def __call__(self, encoded: Sequence[ItemT_contra], rows: Sequence[int], /) -> Batch: ...
+
+
+class Batches(Generic[RowT, ItemT]):
+    """Training batches by global index, over epochs.
+
+    An epoch is a permutation of the rows, cut into windows of `window` batches. Within a window rows are
+    sorted by length and cut into batches (little padding), and the batches are shuffled. Every row comes
+    once an epoch; the last window's longest batch may be short.
+
+    `cache` keeps encoded rows (finite data that epochs repeat); switch it off for generated data.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[RowT],
+        encode: Callable[[RowT], ItemT],
+        batch_size: int,
+        seed: int,
+        collate: Collate[ItemT],
+        *,
+        window: int = 32,
+        cache: bool = True,
+    ) -> None:
+        if batch_size > len(dataset):
+            raise DataError(
+                f"training.batch_size {batch_size} is larger than the training data ({len(dataset)} rows); "
+                "use a smaller batch or more rows"
+            )
+        self.dataset = dataset
+        self.encode = encode
+        self.batch_size = batch_size
+        self.seed = seed
+        self.collate = collate
+        self.window = window
+        self._cache: dict[int, ItemT] | None = {} if cache else None
+        self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def num_batches(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def batch(self, index: int) -> Batch:
+        """The batch of global micro-batch index `index` >= 0; epoch = index // num_batches."""
+        epoch, within = divmod(index, self.num_batches)
+        window, place = divmod(within, self.window)
+        with self._lock:
+            if self._window is None or self._window[0] != (epoch, window):
+                self._window = (epoch, window), self._build_window(epoch, window)
+            chosen = self._window[1][place]
+        return self.collate([item for _, item in chosen], [row for row, _ in chosen])
+
+    def _build_window(self, epoch: int, window: int) -> list[list[tuple[int, ItemT]]]:
+        order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.dataset))
+        size = self.window * self.batch_size
+        items = [(int(row), self._encoded(int(row))) for row in order[window * size : (window + 1) * size]]
+        items.sort(key=lambda pair: len(pair[1]))
+        batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+        shuffled = np.random.default_rng([self.seed, epoch, 1 + window]).permutation(len(batches))
+        return [batches[i] for i in shuffled]
+
+    def _encoded(self, row: int) -> ItemT:
+        if self._cache is None:
+            return self.encode(self.dataset[row])
+        if row not in self._cache:
+            self._cache[row] = self.encode(self.dataset[row])
+        return self._cache[row]
+
+    def prefetch(self, start: int, stop: int | None = None, *, depth: int = 2) -> Generator[Batch, None, None]:
+        """Batches start, start + 1, ... (before `stop`), prepared `depth` ahead by a background thread.
+
+        The thread ends when the generator is closed or exhausted; its exceptions are raised here.
+        """
+        ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=depth)
+        closed = threading.Event()
+
+        def put(value: Batch | Exception | None) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(value, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            index = start
+            try:
+                while not closed.is_set() and (stop is None or index < stop):
+                    put(self.batch(index))
+                    index += 1
+                put(None)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the consumer raises it
+                put(error)
+
+        thread = threading.Thread(target=work, name="batches", daemon=True)
+        thread.start()
+        try:
+            while (value := ready.get()) is not None:
+                if isinstance(value, Exception):
+                    raise value
+                yield value
+        finally:
+            closed.set()
+            thread.join(timeout=10)
+
+
+def eval_batches(
+    dataset: Sequence[RowT], encode: Callable[[RowT], ItemT], batch_size: int, collate: Collate[ItemT]
+) -> Iterator[Batch]:
+    """Every row once, in batches of similar length; `Batch.rows` says which rows a batch holds."""
+    encoded = [encode(row) for row in dataset]
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield collate([encoded[row] for row in rows], rows)

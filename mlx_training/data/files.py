@@ -1,0 +1,97 @@
+"""Reading data files: UTF-8 text, JSON lines, parquet and CSV, with errors that name the file and line."""
+
+import ast
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_training.errors import DataError
+
+
+def require_file(path: Path) -> Path:
+    """`path`, or a DataError when it is no file."""
+    if not path.is_file():
+        raise DataError(f"no data file {str(path)!r} (working directory: {str(Path.cwd())!r}); check dataset.path")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file."""
+    content = require_file(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: expected an object; got {describe(value)}")
+        yield where, value
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:row n", object) of every row."""
+    require_file(path)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert to JSONL") from error
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    for number, value in enumerate(table.to_pylist(), start=1):
+        yield f"{path}:row {number}", value
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", texts by column name) of every line after the header. Repeated header lines are skipped."""
+    csv.field_size_limit(2**31 - 1)  # a long series in one cell
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    for cells in reader:
+        where = f"{path}:{reader.line_num}"
+        if None in cells or None in cells.values():
+            raise DataError(f"{where}: the number of cells differs from the header's {len(reader.fieldnames or ())}")
+        if list(cells) != list(cells.values()):
+            yield where, cells
+
+
+def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a JSONL, parquet or CSV file, by suffix; CSV cells are text."""
+    readers = {".jsonl": read_json_lines, ".parquet": read_parquet, ".csv": read_csv}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: expected a file that ends in {', '.join(readers)}")
+    return readers[path.suffix](path)
+
+
+def parse_list(value: Any, where: str, field: str) -> Any:
+    """A list that may be spelled as text, in JSON or Python ("[1, 2]"); anything but text is returned as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError) as error:
+            raise DataError(f"{where}: field {field!r} is not a list: {value[:60]!r}") from error
+
+
+def describe(value: Any) -> str:
+    """Type and beginning of a wrong value, for messages."""
+    return f"{type(value).__name__} {str(value)[:60]!r}"

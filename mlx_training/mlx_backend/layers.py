@@ -1,0 +1,114 @@
+"""Layers that the families share.
+
+Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N heads, K key/value heads, D head_dim.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_training.data.batch import Batch
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones(size)
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x.astype(mx.float32), None, self.eps).astype(x.dtype) * self.weight.astype(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A Linear whose float32 weights follow the activations' type: float32 master weights under bfloat16."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = x @ self.weight.astype(x.dtype).T
+        return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+def rotate(x_BNLD: mx.array, angles_BLD: mx.array) -> mx.array:
+    """Rotary position embedding, half-split layout (Su et al. 2021); angles are float32 (B or 1, L, D / 2)."""
+    cos, sin = mx.cos(angles_BLD)[:, None], mx.sin(angles_BLD)[:, None]
+    a, b = mx.split(x_BNLD.astype(mx.float32), 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLD.dtype)
+
+
+def attention(q_BNTD: mx.array, k_BKSD: mx.array, v_BKSD: mx.array, mask: mx.array | str | None) -> mx.array:
+    """Scaled dot-product attention with grouped heads; mask is None, "causal", or boolean (True = may look)."""
+    scale = q_BNTD.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q_BNTD, k_BKSD, v_BKSD, scale=scale, mask=mask)
+
+
+class KVCache:
+    """Keys and values of every layer for rows that are padded on the left."""
+
+    def __init__(self, num_layers: int, left_padding: Sequence[int]) -> None:
+        self.keys: list[mx.array | None] = [None] * num_layers
+        self.values: list[mx.array | None] = [None] * num_layers
+        self.left_padding = mx.array(left_padding)
+        self.length = 0
+
+    def append(self, layer: int, k_BKTD: mx.array, v_BKTD: mx.array) -> tuple[mx.array, mx.array]:
+        """Append new keys and values of one layer; everything so far (B, K, S, D)."""
+        old_k, old_v = self.keys[layer], self.values[layer]
+        k = k_BKTD if old_k is None else mx.concatenate([old_k, k_BKTD], axis=2)
+        v = v_BKTD if old_v is None else mx.concatenate([old_v, v_BKTD], axis=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+    def positions(self, num_new: int) -> mx.array:
+        """Each row's own positions of the next `num_new` tokens (B, T); padding counts as position 0."""
+        places = mx.arange(self.length, self.length + num_new)
+        return mx.maximum(places[None] - self.left_padding[:, None], 0)
+
+    def mask(self, num_new: int) -> mx.array:
+        """Who may look where, boolean (B, 1, T, S): no future, no padding (padding itself looks at padding)."""
+        total = self.length + num_new
+        queries, keys = mx.arange(self.length, total), mx.arange(total)
+        causal_TS = keys[None] <= queries[:, None]
+        pad_key = keys[None] < self.left_padding[:, None]
+        pad_query = queries[None] < self.left_padding[:, None]
+        return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]
+
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """A copy that holds these rows; this one stays valid."""
+        index = mx.array(rows)
+        copy = KVCache(len(self.keys), self.left_padding[index].tolist())
+        copy.length = self.length
+        copy.keys = [None if k is None else k[index] for k in self.keys]
+        copy.values = [None if v is None else v[index] for v in self.values]
+        return copy
+
+
+class LanguageModel(nn.Module):
+    """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
+
+    def inputs(self, batch: Batch) -> mx.array:
+        """Input embeddings (B, L, H)."""
+        raise AssertionError("a family defines this")
+
+    def hidden(self, x_BLH: mx.array) -> mx.array:
+        """Final hidden states (B, L, H); rows are padded at the end only, so a causal model needs no mask."""
+        raise AssertionError("a family defines this")
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits (..., V), float32."""
+        raise AssertionError("a family defines this")
+
+    def logprobs(self, batch: Batch) -> mx.array:
+        """log p(target), float32 (B, K). Only label places meet the head: logits are (B, K, V), never (B, L, V)."""
+        h = self.hidden(self.inputs(batch))
+        if batch.positions is not None:
+            h = mx.take_along_axis(h, batch.positions[..., None], axis=1)
+        logits_BKV = self.head(h)
+        targets = batch.targets[..., None]
+        return mx.take_along_axis(logits_BKV, targets, axis=-1)[..., 0] - mx.logsumexp(logits_BKV, axis=-1)
+
+    def logits(self, batch: Batch) -> mx.array:
+        """Logits of every place, float32 (B, L, V)."""
+        return self.head(self.hidden(self.inputs(batch)))

@@ -1,0 +1,201 @@
+"""Frozen pretrained language models: mlx-lm's model classes, driven by input embeddings.
+
+Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key/value heads, D head_dim, V vocabulary.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.mlx_backend.layers import KVCache
+from mlx_training.mlx_backend.quant import dequantize, keep_quantized
+
+
+class PretrainedLM(nn.Module):
+    """A frozen causal LM. Its parameters carry the checkpoint's own names (`model.…`, `lm_head.…`)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden_size: int = config["hidden_size"]
+        self.vocab_size: int = config["vocab_size"]
+        self.num_layers: int = config["num_hidden_layers"]
+        self.softcap: float | None = config.get("final_logit_softcapping")
+        self.embed_scale = 1.0
+        causal_lm = _build(config)
+        self.model = causal_lm.model
+        if not config["tie_word_embeddings"]:
+            self.lm_head = causal_lm.lm_head
+        if config["model_type"].startswith("gemma"):
+            self.embed_scale = self.hidden_size**0.5
+            # mlx-lm's body multiplies its input by sqrt(args.hidden_size), rounded to bfloat16; `embed` does that here.
+            self.model.args = dataclasses.replace(self.model.args, hidden_size=1)
+
+    def embed(self, tokens_BL: mx.array) -> mx.array:
+        """Input embeddings (B, L, H), exactly what `hidden` expects (Gemma's scale is applied)."""
+        x_BLH = self.model.embed_tokens(tokens_BL)
+        return x_BLH if self.embed_scale == 1.0 else x_BLH * mx.array(self.embed_scale, x_BLH.dtype)
+
+    def hidden(self, x_BLH: mx.array) -> mx.array:
+        """Final hidden states (B, L, H). Rows are padded at the end only, so a causal model needs no mask."""
+        return self.model(None, input_embeddings=x_BLH)
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits (..., V), float32."""
+        project = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
+        logits = project(h).astype(mx.float32)
+        return logits if self.softcap is None else mx.tanh(logits / self.softcap) * self.softcap
+
+    def make_cache(self, left_padding: Sequence[int]) -> KVCache:
+        """An empty cache for rows with this much padding on the left."""
+        return KVCache(self.num_layers, left_padding)
+
+    def extend(self, x_BTH: mx.array, cache: KVCache) -> mx.array:
+        """Hidden states (B, T, H) of new tokens after those in the cache, which grows."""
+        layers = [_LayerCache(cache, i) for i in range(self.num_layers)]
+        h_BTH = self.model(None, cache=layers, input_embeddings=x_BTH)
+        cache.length += x_BTH.shape[1]
+        return h_BTH
+
+    def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
+        """A copy of these rows of a cache."""
+        return cache.select(rows)
+
+
+def load_pretrained(
+    directory: Path,
+    *,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    weights: Literal["dequantized", "resident"] = "dequantized",
+    device: Any = None,
+) -> PretrainedLM:
+    """A frozen LM from a directory in Hugging Face or MLX format.
+
+    Args:
+        weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed.
+        device: an MLX device; the default device if None.
+
+    Raises:
+        CheckpointError: missing files; missing, unused or misshaped tensors.
+        ConfigError: an architecture or quantisation that is not supported.
+    """
+    config, dtype = read_llm_config(directory), getattr(mx, precision)
+    with mx.stream(device or mx.default_device()):
+        lm = PretrainedLM(config)
+        stored = {
+            name: array
+            for file in weight_files(directory)
+            for name, array in mx.load(str(file)).items()
+            if is_weight(name, config)
+        }
+        expected = {name: p.shape for name, p in tree_flatten(lm.parameters())}
+        packed = match_weights(expected, {name: array.shape for name, array in stored.items()}, directory)
+        if weights == "resident":
+            keep_quantized(lm, packed)
+        else:
+            for path, (group_size, bits) in packed.items():
+                parts = [stored.pop(f"{path}.{part}") for part in ("weight", "scales", "biases")]
+                stored[f"{path}.weight"] = dequantize(*parts, group_size, bits)
+        arrays = []
+        for name in list(stored):
+            array = stored.pop(name)
+            array = array if array.dtype == mx.uint32 else array.astype(dtype)
+            mx.eval(array)  # one tensor at a time, so that packed and dense copies of all never stand side by side
+            arrays.append((name, array))
+    lm.load_weights(arrays)
+    lm.freeze()
+    return lm.eval()
+
+
+def frozen_hash(lm: PretrainedLM) -> str:
+    """SHA-256 over all weights in name order, the same on both backends."""
+    digest = hashlib.sha256()
+    for name, array in sorted(tree_flatten(lm.parameters())):
+        digest.update(f"{name}{tuple(array.shape)}".encode())
+        digest.update(np.array(array.view(mx.uint8)).data)
+    return digest.hexdigest()
+
+
+def head_weight(lm: PretrainedLM) -> np.ndarray:
+    """The head as a dense matrix, float32 (V, H)."""
+    layer = lm.lm_head if "lm_head" in lm else lm.model.embed_tokens
+    weight = layer.weight
+    if weight.dtype == mx.uint32:
+        weight = dequantize(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    return np.array(weight.astype(mx.float32))
+
+
+class _LayerCache:
+    """One layer of a `KVCache`, in the words of mlx-lm's attention."""
+
+    def __init__(self, cache: KVCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of the next token in each row (B,), negative in the padding."""
+        return self.cache.length - self.cache.left_padding
+
+    def update_and_fetch(self, k_BKTD: mx.array, v_BKTD: mx.array) -> tuple[mx.array, mx.array]:
+        return self.cache.append(self.layer, k_BKTD, v_BKTD)
+
+    def make_mask(self, num_new: int, window_size: int | None = None, return_array: bool = True) -> mx.array:
+        mask_B1TS = self.cache.mask(num_new)
+        if window_size is None:
+            return mask_B1TS
+        queries, keys = mx.arange(self.cache.length, self.cache.length + num_new), mx.arange(mask_B1TS.shape[-1])
+        return mask_B1TS & (queries[:, None] - keys < window_size)
+
+
+def _build(config: dict[str, Any]) -> Any:
+    """mlx-lm's model for a configuration; its random weights are lazy and never computed."""
+    with _open_file_limit_kept():
+        from mlx_lm.utils import MODEL_REMAPPING
+
+        name = MODEL_REMAPPING.get(config["model_type"], config["model_type"])
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+    causal_lm = module.Model(module.ModelArgs.from_dict(config))
+    for layer in causal_lm.model.layers:
+        if isinstance(layer.self_attn.rope, nn.RoPE):
+            layer.self_attn.rope = _RoPE(layer.self_attn.rope)
+    return causal_lm
+
+
+class _RoPE(nn.Module):
+    """mlx.nn.RoPE with frequencies rounded once, as transformers has them.
+
+    MLX's own are off by some units in the last place: 7e-5 in Gemma's logits after 2,048 tokens instead of 4e-6.
+    """
+
+    def __init__(self, rope: nn.RoPE) -> None:
+        super().__init__()
+        exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
+        periods = np.float64(rope.base) ** exponents.astype(np.float64) / rope.scale
+        self._periods = mx.array(periods.astype(np.float32))  # underscore: not a parameter
+        self.dims = rope.dims
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
+
+
+@contextmanager
+def _open_file_limit_kept() -> Iterator[None]:
+    """Importing mlx-lm lowers the process's limit of open files to 4096, the hard limit included."""
+    setrlimit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = setrlimit

@@ -1,0 +1,127 @@
+"""One optimiser step in MLX."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, step_seed
+from mlx_training.data.batch import Batch
+from mlx_training.mlx_backend.layers import LanguageModel
+from mlx_training.objectives import Objective
+from mlx_training.spec import Spec
+
+Flat = dict[str, mx.array]
+
+
+class Step:
+    """Gradients over micro-batches, one division by their total weight, clipping, AdamW.
+
+    The compiled functions are pure: parameters and optimiser state go in and come out, so nothing can be lost by
+    a capture that was forgotten. Only the random state is captured (dropout). One trace a batch shape.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        spec: Spec,
+        objective: Objective,
+        optim: Optim,
+        *,
+        seed: int,
+        to_device: Callable[[Batch], Batch],
+        compile: bool = True,
+    ) -> None:
+        self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
+        self.groups = optimizer_groups(spec)
+        parameters = dict(tree_flatten(model.parameters()))
+        self.parameters: Flat = {name: parameters[name] for name in spec.params()}
+        self.optimizers = {(group, decay): self._optimizer(decay) for group, decay in self.groups}
+        for key, names in self.groups.items():
+            self.optimizers[key].init({name: self.parameters[name] for name in names})
+        self.state = {key: optimizer.state for key, optimizer in self.optimizers.items()}
+        wrap = (lambda f: mx.compile(f, mx.random.state, mx.random.state)) if compile else (lambda f: f)
+        self._gradients, self._update, self._whole = wrap(self._gradients), wrap(self._update), wrap(self._whole)
+
+    def __call__(self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float]) -> dict[str, Any]:
+        mx.random.seed(step_seed(self.seed, step))
+        self.model.train()
+        rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
+        arrays = [self.to_device(batch).arrays() for batch in batches]
+        states = list(self.state.values())
+        if len(arrays) == 1:
+            self.parameters, states, metrics = self._whole(self.parameters, states, arrays[0], rates)
+        else:
+            sums, gradients = self._gradients(self.parameters, arrays[0])
+            for more in arrays[1:]:
+                more_sums, more_gradients = self._gradients(self.parameters, more)
+                sums = [a + b for a, b in zip(sums, more_sums, strict=True)]
+                gradients = {name: g + more_gradients[name] for name, g in gradients.items()}
+            self.parameters, states, metrics = self._update(self.parameters, states, sums, gradients, rates)
+        self.state = dict(zip(self.state, states, strict=True))
+        self._attach(self.parameters)
+        mx.async_eval(self.parameters, states, metrics)
+        return metrics
+
+    def _gradients(self, parameters: Flat, arrays: dict[str, mx.array]) -> tuple[list[mx.array], Flat]:
+        def loss(parameters: Flat) -> tuple[mx.array, mx.array]:
+            self._attach(parameters)
+            sums = self.objective(self.model, Batch(**arrays))
+            return sums["loss"], sums["weight"]
+
+        (total, weight), gradients = mx.value_and_grad(loss)(parameters)
+        return [total, weight], gradients
+
+    def _update(
+        self, parameters: Flat, states: list[dict], sums: list[mx.array], gradients: Flat, rates: Flat
+    ) -> tuple[Flat, list[dict], dict[str, mx.array]]:
+        loss, weight = sums
+        gradients = {name: g / weight for name, g in gradients.items()}
+        if self.optim.grad_clip_norm is not None:
+            gradients, norm = optim.clip_grad_norm(gradients, self.optim.grad_clip_norm)
+        else:
+            norm = mx.sqrt(sum(g.square().sum() for g in gradients.values()))
+        updated = dict(parameters)
+        for (key, names), state in zip(self.groups.items(), states, strict=True):
+            optimizer = self.optimizers[key]
+            optimizer.state = state
+            optimizer.learning_rate = rates[key[0]]
+            group = {name: parameters[name] for name in names}
+            updated |= optimizer.apply_gradients({name: gradients[name] for name in names}, group)
+        new_states = [optimizer.state for optimizer in self.optimizers.values()]
+        return updated, new_states, {"loss": loss / weight, "weight": weight, "grad_norm": norm}
+
+    def _whole(
+        self, parameters: Flat, states: list[dict], arrays: dict[str, mx.array], rates: Flat
+    ) -> tuple[Flat, list[dict], dict[str, mx.array]]:
+        sums, gradients = self._gradients(parameters, arrays)
+        return self._update(parameters, states, sums, gradients, rates)
+
+    def _attach(self, parameters: Flat) -> None:
+        self.model.update(tree_unflatten(list(parameters.items())))
+
+    def _optimizer(self, decay: bool) -> optim.AdamW:
+        o = self.optim
+        # bias_correction is off by default in MLX: the first step would be 3.16 times too long
+        return optim.AdamW(0.0, list(o.betas), o.eps, o.weight_decay if decay else 0.0, bias_correction=True)
+
+    def export(self) -> Arrays:
+        """Optimiser state by canonical name; zeros where no step has been taken yet."""
+        arrays: Arrays = {}
+        for (key, names), state in zip(self.groups.items(), self.state.values(), strict=True):
+            for name in names:
+                arrays |= {f"{name}.{k}": np.array(state[name][k]) for k in "mv"}
+            arrays["step"] = np.asarray(self.state[key]["step"].item(), np.float32)
+        return arrays
+
+    def load(self, arrays: Arrays) -> None:
+        """Take over a state exported by either backend."""
+        expect_names(["step", *(f"{n}.{k}" for n in self.parameters for k in "mv")], arrays, "optimiser state")
+        for key, names in self.groups.items():
+            state = self.state[key]
+            state["step"] = mx.array(int(arrays["step"]), mx.uint64)
+            for name in names:
+                state[name] = {k: mx.array(arrays[f"{name}.{k}"]) for k in "mv"}

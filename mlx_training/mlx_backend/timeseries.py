@@ -1,0 +1,149 @@
+"""Time-series LM: the MLX realisation of TimeSeriesSpec.
+
+Shape suffixes: B rows, L tokens, S series, T samples, P patches a series, p patch_size, d encoder hidden,
+N heads, D head_dim, H hidden size of the LM.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_training.data.batch import Batch
+from mlx_training.mlx_backend.layers import LanguageModel, attention
+from mlx_training.mlx_backend.pretrained import PretrainedLM, head_weight
+from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional self-attention with torch.nn.MultiheadAttention's fused parameters."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        d = spec.hidden_size
+        self.num_heads = spec.num_heads
+        self.in_proj_weight = mx.zeros((3 * d, d))
+        self.in_proj_bias = mx.zeros(3 * d)
+        self.out_proj = nn.Linear(d, d)
+
+    def __call__(self, x_SPd: mx.array, mask_S11P: mx.array) -> mx.array:
+        S, P, d = x_SPd.shape
+        qkv = x_SPd @ self.in_proj_weight.T + self.in_proj_bias
+        q, k, v = (y.reshape(S, P, self.num_heads, -1).swapaxes(1, 2) for y in mx.split(qkv, 3, axis=-1))
+        return self.out_proj(attention(q, k, v, mask_S11P).swapaxes(1, 2).reshape(S, P, d))
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm: norm(x + attention(x)), then norm(x + ffn(x)) (Vaswani et al. 2017)."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        d = spec.hidden_size
+        self.self_attn = SelfAttention(spec)
+        self.linear1 = nn.Linear(d, spec.ffn_size)
+        self.linear2 = nn.Linear(spec.ffn_size, d)
+        self.norm1 = nn.LayerNorm(d, eps=1e-5)
+        self.norm2 = nn.LayerNorm(d, eps=1e-5)
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def __call__(self, x_SPd: mx.array, mask_S11P: mx.array) -> mx.array:
+        x_SPd = self.norm1(x_SPd + self.dropout(self.self_attn(x_SPd, mask_S11P)))
+        ffn = self.linear2(self.dropout(nn.gelu(self.linear1(x_SPd))))
+        return self.norm2(x_SPd + self.dropout(ffn))
+
+
+class PatchEmbedding(nn.Module):
+    """Conv1d(1 -> d, kernel = stride = patch, no bias), which is one product a patch; layout (d, 1, p)."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.weight = mx.zeros((spec.hidden_size, 1, spec.patch_size))
+
+    def __call__(self, series_ST: mx.array) -> mx.array:
+        d, _, p = self.weight.shape
+        return series_ST.reshape(series_ST.shape[0], -1, p) @ self.weight.reshape(d, p).T
+
+
+class Encoder(nn.Module):
+    """Series -> patch representations. Padding patches are never attended."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        d = spec.hidden_size
+        self.spec = spec
+        self.patch_embed = PatchEmbedding(spec)
+        self.pos_embed = mx.zeros((1, spec.max_patches, d))
+        if spec.numeric_scale:
+            self.scale_in = nn.Linear(2, d)
+            self.scale_out = nn.Linear(d, d)
+        self.input_norm = nn.LayerNorm(d, eps=1e-5)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.layers = [EncoderLayer(spec) for _ in range(spec.num_layers)]
+
+    def __call__(self, series_ST: mx.array, scale_S2: mx.array, num_patches_S: mx.array) -> mx.array:
+        x_SPd = self.patch_embed(series_ST)
+        P = x_SPd.shape[1]
+        x_SPd = x_SPd + self.pos_embed[:, :P]
+        if self.spec.numeric_scale:
+            x_SPd = x_SPd + self.scale_out(nn.gelu(self.scale_in(scale_S2)))[:, None]
+        x_SPd = self.dropout(self.input_norm(x_SPd))
+        real_S11P = (mx.arange(P) < num_patches_S[:, None])[:, None, None]
+        for layer in self.layers:
+            x_SPd = layer(x_SPd, real_S11P)
+        return x_SPd
+
+
+class Projector(nn.Module):
+    """Patch representations -> embedding space of the LM."""
+
+    def __init__(self, spec: ProjectorSpec, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_size, eps=1e-5)
+        self.linear = nn.Linear(in_size, out_size)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.gain = mx.zeros(1) if spec.norm_output else None
+
+    def __call__(self, x_SPd: mx.array) -> mx.array:
+        y_SPH = self.dropout(nn.gelu(self.linear(self.norm(x_SPd))))
+        if self.gain is not None:
+            y_SPH = mx.fast.rms_norm(y_SPH, None, 1e-6) * self.gain
+        return y_SPH
+
+
+class TimeSeriesLM(LanguageModel):
+    """A frozen LM that reads patches where a row's series stand."""
+
+    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM) -> None:
+        super().__init__()
+        self.encoder = Encoder(spec.encoder)
+        self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
+        self.lm = lm
+        self.train_lm_head = spec.train_lm_head
+        if spec.projector.norm_output:
+            self.projector.gain = embedding_rms(lm)
+        if spec.train_lm_head:
+            self.lm_head = nn.Linear(lm.hidden_size, lm.vocab_size, bias=False)
+            self.lm_head.weight = mx.array(head_weight(lm))
+
+    def inputs(self, batch: Batch) -> mx.array:
+        """Token embeddings with projected patches in their places (B, L, H)."""
+        x_BLH = self.lm.embed(batch.tokens)
+        if batch.series is None:
+            return x_BLH
+        patches_SPH = self.projector(self.encoder(batch.series, batch.scale, batch.num_patches))
+        H = patches_SPH.shape[-1]
+        table = mx.concatenate([mx.zeros((1, H)), patches_SPH.reshape(-1, H)])  # row 0: text
+        placed_BLH = table[batch.patch_index].astype(x_BLH.dtype)
+        return mx.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
+
+    def hidden(self, x_BLH: mx.array) -> mx.array:
+        return self.lm.hidden(x_BLH)
+
+    def head(self, h: mx.array) -> mx.array:
+        if self.train_lm_head:
+            return self.lm_head(h.astype(mx.float32))
+        return self.lm.head(h)
+
+
+def embedding_rms(lm: PretrainedLM) -> mx.array:
+    """Root mean square of the LM's token embeddings, float32 (1,); of a large vocabulary the first 4,096."""
+    tokens = mx.arange(min(lm.vocab_size, 4096))
+    return mx.sqrt(lm.embed(tokens).astype(mx.float32).square().mean())[None]

@@ -1,0 +1,228 @@
+"""OpenTSLM's `model_checkpoint.pt`: read it, write it, and keep the LoRA weights that travel with it.
+
+The file is a dict {encoder_state, projector_state, lora_enabled, lora_state, lora_config, epoch, val_loss, ...}
+(StanfordBDHG/OpenTSLM, `OpenTSLMSP.store_to_file`). Arrays here carry canonical names (`spec/timeseries.py`).
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mlx_training.checkpoint import STEP_DIRECTORY, CheckpointStore, check_shapes, write_atomic
+from mlx_training.errors import CheckpointError
+from mlx_training.torch_archive import Inert, read_archive, write_archive
+
+Arrays = dict[str, np.ndarray]
+ENCODER = re.compile(
+    r"patch_embed\.weight|pos_embed|input_norm\.(weight|bias)|"
+    r"encoder\.layers\.\d+\.(self_attn\.in_proj_(weight|bias)|(self_attn\.out_proj|(linear|norm)[12])\.(weight|bias))"
+)
+PROJECTOR = {"projector.0.": "projector.norm.", "projector.1.": "projector.linear."}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of the language model in PEFT's names, and PEFT's configuration as plain JSON."""
+
+    arrays: Arrays
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key}={self.config[key]}" for key in ("r", "lora_alpha") if key in self.config)
+        return f"LoRA: {len(self.arrays)} tensors" + (f" ({shown})" if shown else "")
+
+
+@dataclass(frozen=True)
+class OpenTSLMCheckpoint:
+    """A published checkpoint. `sizes` is read from the arrays, with the names of EncoderSpec."""
+
+    arrays: Arrays
+    sizes: dict[str, int]
+    lora: LoRA | None = None
+    epoch: int | None = None
+    extras: dict[str, Any] = field(default_factory=dict)  # the file's other plain values, such as val_loss
+
+
+def read_opentslm(path: str | Path) -> OpenTSLMCheckpoint:
+    """Read a SoftPrompt checkpoint; no PyTorch or PEFT is needed and nothing in the file is executed.
+
+    Positions may be 1024 or, in files from before the change, 2600: see `sizes["max_patches"]`.
+    Raises CheckpointError when the file is damaged, unsafe, or not of this kind.
+    """
+    content = read_archive(path)
+    parts = ("encoder_state", "projector_state")
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        flamingo = " This is a Flamingo checkpoint." if isinstance(content, dict) and "model_state" in content else ""
+        raise CheckpointError(
+            f"{path}: not an OpenTSLM SoftPrompt checkpoint: expected {' and '.join(parts)}, found {found}.{flamingo} "
+            "Use the model_checkpoint.pt of a repository whose name ends in -sp."
+        )
+    arrays: Arrays = {}
+    unknown = []
+    for part in parts:
+        for theirs, array in content[part].items():
+            ours = _canonical(part, str(theirs))
+            if ours is None or not isinstance(array, np.ndarray):
+                unknown.append(f"{part}[{theirs}]")
+            else:
+                arrays[ours] = array.astype(np.float32)
+    axes = {"encoder.patch_embed.weight": 3, "encoder.pos_embed": 3, "projector.linear.weight": 2}
+    missing = [name for name, number in axes.items() if name not in arrays or arrays[name].ndim != number]
+    if unknown or missing:
+        raise CheckpointError(
+            f"{path}: not the published encoder and projector. Unknown: {', '.join(unknown) or 'none'}; "
+            f"missing: {', '.join(missing) or 'none'}."
+        )
+    others = {key: value for key, value in content.items() if isinstance(value, (bool, int, float, str))}
+    epoch = others.pop("epoch", None)
+    others.pop("lora_enabled", None)
+    return OpenTSLMCheckpoint(
+        arrays, _sizes(arrays), _lora(path, content), epoch if isinstance(epoch, int) else None, others
+    )
+
+
+def write_opentslm(
+    path: str | Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    lora: LoRA | None = None,
+    epoch: int | None = None,
+    extras: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what OpenTSLM's `load_from_file` reads. PEFT's configuration is written as a plain dict, not an object.
+
+    Raises CheckpointError for parameters that the published model does not have.
+    """
+    content: dict[str, Any] = {"encoder_state": {}, "projector_state": {}}
+    for ours, array in arrays.items():
+        part, theirs = _published(ours)
+        if _canonical(part, theirs) != ours:
+            raise CheckpointError(
+                f"{path}: OpenTSLM has no place for the parameter {ours}. Only a model trained with "
+                "model.preset: opentslm-sp (no numeric_scale, norm_output or train_lm_head) can be exported."
+            )
+        content[part][theirs] = np.asarray(array, np.float32)
+    content["lora_enabled"] = lora is not None
+    if lora is not None:
+        content |= {"lora_state": lora.arrays, "lora_config": {"default": lora.config}}
+    write_archive(path, content | {"epoch": epoch, **(extras or {})})
+
+
+def load_initial(
+    source: str | Path, expected: Mapping[str, tuple[int, ...]], run_directory: str | Path | None = None
+) -> Arrays:
+    """Parameters to start from (`training.init_from`): exactly the names and shapes in `expected`.
+
+    `source` is a run directory (its best checkpoint, else its latest), a checkpoint directory, or an OpenTSLM
+    `model_checkpoint.pt`. LoRA weights that came with it are copied into `run_directory`, so that no stage of a
+    curriculum drops them silently. Raises CheckpointError.
+    """
+    source = Path(source)
+    if source.is_file():
+        foreign = read_opentslm(source)
+        arrays, lora = foreign.arrays, foreign.lora
+        where = f"{source} ({', '.join(f'{name} {size}' for name, size in foreign.sizes.items())})"
+    elif STEP_DIRECTORY.fullmatch(source.name):
+        arrays = CheckpointStore(source.parent.parent).load(source).model
+        lora, where = read_lora(source.parent.parent), str(source)
+    elif (source / "checkpoints").is_dir():
+        checkpoint = CheckpointStore(source).best_or_latest()
+        arrays, lora, where = checkpoint.model, read_lora(source), str(checkpoint.path)
+    else:
+        raise CheckpointError(
+            f"{source}: nothing to start from. training.init_from takes a run directory (with checkpoints/), a "
+            "checkpoint directory (checkpoints/step_...), or an OpenTSLM model_checkpoint.pt."
+        )
+    check_shapes(expected, {name: array.shape for name, array in arrays.items()}, where)
+    if lora is not None and run_directory is not None:
+        write_lora(run_directory, lora)
+        kept = Path(run_directory) / "lora.safetensors"
+        print(f"{source}: {lora}; kept in {kept} but not applied: LoRA cannot be trained yet", file=sys.stderr)
+    return arrays
+
+
+def write_lora(directory: str | Path, lora: LoRA) -> None:
+    """Keep adapters beside a run: lora.safetensors and lora.json."""
+    directory = Path(directory)
+    write_atomic(directory / "lora.json", json.dumps(lora.config, indent=1) + "\n")
+    write_atomic(directory / "lora.safetensors", safetensors.numpy.save(lora.arrays))
+
+
+def read_lora(directory: str | Path) -> LoRA | None:
+    """The adapters kept beside a run; None if there are none."""
+    directory = Path(directory)
+    try:
+        arrays = safetensors.numpy.load_file(directory / "lora.safetensors")
+        return LoRA(arrays, json.loads((directory / "lora.json").read_text()))
+    except FileNotFoundError:
+        if (directory / "lora.json").exists() or (directory / "lora.safetensors").exists():
+            raise CheckpointError(
+                f"{directory}: expected both lora.safetensors and lora.json; one is missing."
+            ) from None
+        return None
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{directory}: lora.safetensors or lora.json is damaged: {error}.") from error
+
+
+def _canonical(part: str, theirs: str) -> str | None:
+    """Our name of an entry of `encoder_state` or `projector_state`; None if it is not a published parameter."""
+    if part == "encoder_state":
+        return f"encoder.{theirs.removeprefix('encoder.')}" if ENCODER.fullmatch(theirs) else None
+    prefix, name = theirs[:12], theirs[12:]
+    return PROJECTOR[prefix] + name if prefix in PROJECTOR and name in ("weight", "bias") else None
+
+
+def _published(ours: str) -> tuple[str, str]:
+    """The state dict and key of a canonical name."""
+    if ours.startswith("encoder."):
+        name = ours.removeprefix("encoder.")
+        return "encoder_state", ours if name.startswith("layers.") else name
+    for theirs, prefix in PROJECTOR.items():
+        ours = ours.replace(prefix, theirs, 1)
+    return "projector_state", ours
+
+
+def _sizes(arrays: Arrays) -> dict[str, int]:
+    hidden_size, _, patch_size = arrays["encoder.patch_embed.weight"].shape
+    return {
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_layers": 1 + max([int(name.split(".")[2]) for name in arrays if ".layers." in name], default=-1),
+        "ffn_size": len(arrays.get("encoder.layers.0.linear1.bias", ())),
+        "max_patches": arrays["encoder.pos_embed"].shape[1],
+        "llm_hidden_size": arrays["projector.linear.weight"].shape[0],
+    }
+
+
+def _lora(path: str | Path, content: dict[str, Any]) -> LoRA | None:
+    if not content.get("lora_enabled", False):
+        return None
+    state = content.get("lora_state")
+    if not isinstance(state, dict) or not all(isinstance(value, np.ndarray) for value in state.values()):
+        raise CheckpointError(f"{path}: lora_enabled is true, but there is no lora_state: expected a dict of tensors.")
+    config = _json(content.get("lora_config"))
+    config = config.get("default", config) if isinstance(config, dict) else {}
+    return LoRA({str(name): array.astype(np.float32) for name, array in state.items()}, config)
+
+
+def _json(value: Any, depth: int = 0) -> Any:
+    """PEFT's configuration as JSON: objects become their fields, enums their value, sets sorted lists."""
+    if depth > 6:  # a real one has three levels; a malicious one may contain itself
+        return None
+    if isinstance(value, Inert):
+        inner = value.fields if hasattr(value, "fields") else value.args[0] if value.args else None
+        return _json(inner, depth + 1)
+    if isinstance(value, dict):
+        return {str(key): _json(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        items = [_json(item, depth + 1) for item in value]
+        return sorted(items, key=str) if isinstance(value, set) else items
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,241 @@
+"""Where a run's numbers go: always `metrics.jsonl`; also a progress line and Weights & Biases.
+
+A record is one flat mapping of names to numbers or strings. Names the progress line knows: `loss`, `lr` or
+`lr/<group>`, `grad_norm`, `tokens_per_second`, `memory_gb`; anything under `eval/` is an evaluation.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+from mlx_training.checkpoint import write_atomic
+
+Record = dict[str, Any]
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Sink(Protocol):
+    """Receives every record; `record["step"]` is the number of optimiser steps taken."""
+
+    def log(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Hands each record to every sink, in order."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self.sinks = sinks
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record `values` (numbers, NumPy scalars, strings, None) at optimiser step `step`."""
+        record = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        for sink in self.sinks:
+            sink.log(record)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines:
+    """One JSON object a line in `metrics.jsonl`, flushed at once. NaN and infinities are written as strings."""
+
+    def __init__(self, path: str | Path, *, from_step: int = 0) -> None:
+        """Append to `path`, after dropping the lines past `from_step`, where the run is resumed (0: all lines)."""
+        path = Path(path)
+        if path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= from_step] if from_step else []
+            write_atomic(path, "".join(_line(record) for record in kept))
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        self.file.write(_line(record))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WandbSink:
+    """Weights & Biases, offline or online. Its absence or failure is said once and never stops a run."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        mode: Literal["offline", "online"],
+        project: str | None,
+        name: str,
+        tags: Sequence[str],
+        config: Mapping[str, Any],
+    ) -> None:
+        self.run: Any = None
+        try:
+            import wandb
+
+            self.run = wandb.init(
+                dir=str(directory), mode=mode, project=project, name=name, config=dict(config), tags=list(tags)
+            )
+        except ImportError:
+            self._give_up("it is not installed (pip install wandb, or logging.wandb=disabled)")
+        except Exception as error:  # noqa: BLE001  any failure of an optional service
+            self._give_up(error)
+
+    def log(self, record: Record) -> None:
+        if self.run is not None:
+            try:
+                self.run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+            except Exception as error:  # noqa: BLE001
+                self._give_up(error)
+
+    def close(self) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:  # noqa: BLE001
+                self._give_up(error)
+
+    def _give_up(self, reason: object) -> None:
+        self.run = None
+        print(f"wandb: not logging: {reason}; metrics.jsonl has everything", file=sys.stderr)
+
+
+class Progress:
+    """One line that is redrawn on a terminal; a line per record elsewhere.
+
+    The ETA is the wall time per step since this process' first record (so that compilation and loading count
+    once, evaluations and saving as often as they happen) times the steps that are left.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        from_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self.stream = stream or sys.stderr
+        self.clock = clock
+        self.start = (from_step, clock())
+        self.anchor: tuple[int, float] | None = None
+        self.drawn = 0
+
+    def log(self, record: Record) -> None:
+        step, now = record["step"], self.clock()
+        seconds = self._seconds_left(step, now)
+        if self.anchor is None and step > self.start[0]:
+            self.anchor = (step, now)
+        parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", *_parts(record)]
+        if seconds is not None:
+            parts.append(f"ETA {_duration(seconds)}")
+        line = "  ".join(parts)
+        is_evaluation = any(name.startswith("eval/") for name in record)
+        if not self.stream.isatty():
+            self.stream.write(line + "\n")
+        elif is_evaluation:
+            self.stream.write("\r" + line.ljust(self.drawn) + "\n")
+            self.drawn = 0
+        else:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be drawn over
+            self.stream.write("\r" + line.ljust(self.drawn))
+            self.drawn = len(line)
+        self.stream.flush()
+
+    def close(self) -> None:
+        if self.drawn:
+            self.stream.write("\n")
+            self.stream.flush()
+            self.drawn = 0
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        first_step, first_time = self.anchor if self.anchor and step > self.anchor[0] else self.start
+        if step <= first_step:
+            return None
+        return max(0, self.total_steps - step) * (now - first_time) / (step - first_step)
+
+
+def open_tracker(
+    directory: str | Path,
+    *,
+    total_steps: int,
+    from_step: int = 0,
+    wandb: Literal["disabled", "offline", "online"] = "disabled",
+    project: str | None = None,
+    name: str = "",
+    tags: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Tracker:
+    """The sinks of a training run in `directory`, which continues after optimiser step `from_step`."""
+    sinks: list[Sink] = [
+        JsonLines(Path(directory) / "metrics.jsonl", from_step=from_step),
+        Progress(total_steps, from_step=from_step),
+    ]
+    if wandb != "disabled":
+        sinks.append(WandbSink(directory, mode=wandb, project=project, name=name, tags=tags, config=config or {}))
+    return Tracker(sinks)
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, non-finite numbers restored. A torn last line is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # only the line a kill cut short; the step it belongs to is trained again
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(
+                {k: NOT_FINITE.get(v, v) if isinstance(v, str) and k != "step" else v for k, v in record.items()}
+            )
+    return records
+
+
+def _line(record: Record) -> str:
+    written = {}
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        written[name] = value
+    return json.dumps(written, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as Python's own number."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _parts(record: Record) -> list[str]:
+    """The record's known values as the words of a progress line."""
+    parts = []
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    rates = {name.removeprefix("lr/"): value for name, value in record.items() if name == "lr" or name[:3] == "lr/"}
+    if len(set(rates.values())) == 1:
+        parts.append(f"lr {next(iter(rates.values())):.2e}")
+    else:
+        parts += [f"lr {name} {value:.2e}" for name, value in rates.items()]
+    if "grad_norm" in record:
+        parts.append(f"grad_norm {record['grad_norm']:.2e}")  # "%.2f" of a small norm reads as a dead gradient
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if "memory_gb" in record:
+        parts.append(f"{record['memory_gb']:.2f} GB")
+    for name, value in record.items():
+        if name.startswith("eval/") and isinstance(value, (int, float)):
+            parts.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+    return parts
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

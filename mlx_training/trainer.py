@@ -1,0 +1,287 @@
+"""The one training loop, for every family on every backend."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_training import schedule
+from mlx_training.assemble import Assembly, assemble, open_backend
+from mlx_training.backend import Optim, Step
+from mlx_training.checkpoint import Checkpoint, CheckpointStore, claim_run_directory, write_atomic
+from mlx_training.config import RunConfig, to_yaml
+from mlx_training.environment import git_state, versions
+from mlx_training.errors import CheckpointError, DivergedError, Interrupted
+from mlx_training.evaluate import Evaluator, save_predictions
+from mlx_training.init import initialise
+from mlx_training.objectives.lm import lm
+from mlx_training.opentslm import load_initial
+from mlx_training.spec import TimeSeriesSpec
+from mlx_training.tracking import open_tracker
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside parameters and optimiser state."""
+
+    best: float | None = None  # of checkpoint.best, so far
+    evaluations_without_improvement: int = 0
+    tokens: int = 0  # supervised tokens seen
+    loss: float = math.nan  # of the last step that was read
+    seconds: float = 0.0
+    stopped_early: bool = False
+
+
+def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
+    """Train a configuration; the returned object is what `train --json` prints.
+
+    `resume`: None starts in a new directory; "auto" continues the newest valid checkpoint, or starts; a path
+    continues that checkpoint. Raises DivergedError, Interrupted, and the errors of what it puts together.
+    """
+    started = time.monotonic()
+    run = claim_run_directory(config.output_dir, resume is not None)
+    store = CheckpointStore(run)
+    assembly = assemble(config, run)
+    backend = open_backend(config)
+    model = backend.build(assembly.spec)
+    step = backend.make_step(model, lm, optim(config), seed=config.experiment.seed)
+    batches, total_steps = plan(assembly)
+
+    checkpoint = find_checkpoint(store, resume)
+    if checkpoint:
+        backend.load(model, checkpoint.model)
+        step.load(checkpoint.optimizer)
+        check_same_llm(assembly, checkpoint)
+    else:
+        arrays = backend.export(model) | initialise(assembly.spec, config.experiment.seed)
+        if config.training.init_from:
+            arrays = load_initial(config.training.init_from, {n: a.shape for n, a in arrays.items()}, run)
+        backend.load(model, arrays)
+    progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    first = checkpoint.step if checkpoint else 0
+    describe_run(run, assembly, backend.name)
+
+    tracker = open_tracker(
+        run,
+        total_steps=total_steps,
+        from_step=first,
+        wandb=config.logging.wandb,
+        project=config.logging.project,
+        name=config.experiment.name,
+        tags=config.experiment.tags,
+        config=config.model_dump(mode="json"),
+    )
+    evaluator = Evaluator(config, backend, model, assembly.data)
+    cadence = Cadence(config, total_steps, batches.num_batches)
+    accumulation = config.training.grad_accumulation_steps
+    stream = batches.prefetch(first * accumulation, total_steps * accumulation)
+    metrics: dict[str, Any] = {}
+    number, timer = first, StepTimer()
+    base_seconds = progress.seconds - started
+
+    with interruptible() as interrupted:
+        while number < total_steps and not progress.stopped_early:
+            number += 1
+            rates = learning_rates(config, number, total_steps)
+            micro_batches = [next(stream) for _ in range(accumulation)]
+            metrics = step(micro_batches, step=number, lr=rates)
+            progress.tokens += (num_tokens := sum(batch.num_supervised for batch in micro_batches))
+            timer.count(num_tokens)
+
+            evaluates, saves = cadence.evaluates(number), cadence.saves(number) or interrupted
+            if cadence.logs(number) or evaluates or saves:
+                progress.loss = read_finite(metrics, number)
+                progress.seconds = base_seconds + time.monotonic()
+                logged = {"loss": progress.loss, "grad_norm": float(metrics["grad_norm"])}
+                logged |= {f"lr/{group}": rate for group, rate in rates.items()}
+                tracker.log(number, logged | timer.read() | {"memory_gb": backend.peak_memory() / 1e9})
+            improved = False
+            if evaluates and not interrupted:
+                values = evaluator.during_training()
+                tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
+                improved = judge(config, progress, values)
+                timer.skip()
+            if saves or evaluates or progress.stopped_early:
+                state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly), "backend": backend.name}
+                arrays = backend.export(model)
+                store.save(number, arrays, step.export(), state, best=improved, keep=config.checkpoint.keep)
+                timer.skip()
+            if interrupted:
+                tracker.close()
+                raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
+    stream.close()
+    tracker.close()
+
+    backend.load(model, store.best_or_latest().model)
+    split = config.evaluation.test_split or config.evaluation.split
+    report, predictions = evaluator.report(split)
+    if config.evaluation.save_predictions and predictions:
+        save_predictions(run / f"predictions_{split}.jsonl", predictions)
+    result = {
+        "run": str(run),
+        "backend": backend.name,
+        "steps": number,
+        "loss": progress.loss,
+        "seconds": round(progress.seconds, 2),
+        "eval": report,
+    }
+    write_atomic(run / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def plan(assembly: Assembly) -> tuple[Any, int]:
+    """Training batches and the number of optimiser steps."""
+    training = assembly.config.training
+    batches = assembly.data.train_batches()
+    if training.max_steps is not None:
+        return batches, training.max_steps
+    assert training.num_epochs is not None, "the configuration checks this"
+    return batches, math.ceil(training.num_epochs * batches.num_batches / training.grad_accumulation_steps)
+
+
+def optim(config: RunConfig) -> Optim:
+    """The optimiser's settings."""
+    t = config.training
+    return Optim(t.optimizer, t.betas, t.eps, t.weight_decay, t.grad_clip_norm)
+
+
+def learning_rates(config: RunConfig, step: int, total_steps: int) -> dict[str, float]:
+    """One learning rate for every parameter group."""
+    t = config.training
+    num_warmup_steps = round(t.warmup_fraction * total_steps)
+    factor = schedule.factor(t.schedule, step, total_steps, num_warmup_steps, t.min_lr_fraction)
+    return {group: peak * factor for group, peak in config.learning_rates.items()}
+
+
+def judge(config: RunConfig, progress: Progress, values: dict[str, float]) -> bool:
+    """Whether an evaluation is the best so far; counts those that are not, and stops when patience runs out."""
+    name = config.checkpoint.best.removeprefix("eval/")
+    value, sign = values[name], 1 if name == "loss" else -1
+    margin = config.training.early_stopping_min_delta
+    if progress.best is None or sign * value < sign * progress.best - margin:
+        progress.best, progress.evaluations_without_improvement = value, 0
+        return True
+    progress.evaluations_without_improvement += 1
+    patience = config.training.early_stopping_patience
+    progress.stopped_early = patience is not None and progress.evaluations_without_improvement >= patience
+    return False
+
+
+def read_finite(metrics: dict[str, Any], step: int) -> float:
+    """The loss as a number; waits for the device. Raises DivergedError when it or the gradient is not finite."""
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if math.isfinite(loss) and math.isfinite(norm):
+        return loss
+    raise DivergedError(
+        f"diverged by step {step}: loss {loss}, gradient norm {norm}. Nothing was saved after the last good checkpoint. "
+        "Try a lower training.learning_rate, training.grad_clip_norm: 1.0, or more warm-up; look for odd rows in the data"
+    )
+
+
+def find_checkpoint(store: CheckpointStore, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to continue from, if any."""
+    if resume is None:
+        return None
+    if resume != "auto":
+        checkpoint: Checkpoint | None = store.load(Path(resume))
+        message = ""
+    else:
+        checkpoint, message = store.latest_valid()
+    if message:
+        print(f"warning: {message}", file=sys.stderr)
+    if checkpoint:
+        store.rewind(checkpoint)
+    return checkpoint
+
+
+def check_same_llm(assembly: Assembly, checkpoint: Checkpoint) -> None:
+    """A soft prompt fits the very LM it was trained for."""
+    now, then = llm_sha256(assembly), checkpoint.state.get("llm_sha256")
+    if now != then:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with another frozen LM (sha256 {str(then)[:12]}, given {str(now)[:12]}); "
+            "set model.llm_id to the one it was trained with"
+        )
+
+
+def llm_sha256(assembly: Assembly) -> str | None:
+    """Fingerprint of the frozen LM, if there is one."""
+    return assembly.spec.llm.sha256 if isinstance(assembly.spec, TimeSeriesSpec) else None
+
+
+def describe_run(run: Path, assembly: Assembly, backend: str) -> None:
+    """Write the resolved configuration, versions and git state beside the results."""
+    config = assembly.config
+    write_atomic(run / "config.yaml", to_yaml(config))
+    environment = {"backend": backend, "seed": config.experiment.seed, "llm_sha256": llm_sha256(assembly)}
+    environment |= {"versions": versions(), "git": git_state()}
+    write_atomic(run / "env.json", json.dumps(environment, indent=1) + "\n")
+
+
+class Cadence:
+    """When to log, evaluate and save; the last step does all three."""
+
+    def __init__(self, config: RunConfig, total_steps: int, num_batches: int) -> None:
+        self.total_steps = total_steps
+        epoch = max(1, num_batches // config.training.grad_accumulation_steps)
+        self.log_every = config.logging.every_steps
+        self.evaluate_every = config.evaluation.every_steps or epoch
+        self.save_every = config.checkpoint.every_steps or self.evaluate_every
+
+    def logs(self, step: int) -> bool:
+        return step == 1 or step % self.log_every == 0 or step == self.total_steps
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.total_steps
+
+
+class StepTimer:
+    """Supervised tokens and steps per second since the last reading, evaluations and saves left out."""
+
+    def __init__(self) -> None:
+        self.since, self.tokens, self.steps, self.excluded = time.monotonic(), 0, 0, 0.0
+        self.mark = self.since
+
+    def count(self, tokens: int) -> None:
+        self.tokens, self.steps, self.mark = self.tokens + tokens, self.steps + 1, time.monotonic()
+
+    def skip(self) -> None:
+        """Leave out the time since the last step."""
+        now = time.monotonic()
+        self.since, self.mark = self.since + (now - self.mark), now
+
+    def read(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        rates = {"tokens_per_second": self.tokens / seconds, "seconds_per_step": seconds / max(self.steps, 1)}
+        self.since, self.tokens, self.steps = time.monotonic(), 0, 0
+        return rates
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM so that a step can finish and be saved; a second one aborts at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+        print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

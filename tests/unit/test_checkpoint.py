@@ -1,0 +1,220 @@
+"""Checkpoints: whole or absent, verified, retained; and clear words when something is wrong."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_training import checkpoint as module
+from mlx_training.checkpoint import CheckpointStore, check_shapes, claim_run_directory, verify
+from mlx_training.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = {"a.weight": (3, 2), "b": ()}
+
+
+def save(store: CheckpointStore, step: int, *, best: bool = False, keep: int = 3) -> Path:
+    model = {"a.weight": np.full((3, 2), step, np.float32), "b": np.array(step, np.float32)}
+    optimizer = {"a.weight.m": np.ones((3, 2), np.float32), "step": np.array(step, np.int64)}
+    return store.save(step, model, optimizer, {"position": step * 4}, best=best, keep=keep)
+
+
+def steps(store: CheckpointStore) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in store.paths()]
+
+
+def test_round_trip_keeps_values_types_and_scalars(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    model = {"w": np.arange(6, dtype=np.float32).reshape(2, 3).T, "gain": np.array(2.5, np.float32)}
+    store.save(7, model, {"step": np.array(7, np.int64)}, {"best": None, "rows": [1, 2]}, best=False, keep=1)
+    loaded = store.load()
+    assert loaded.step == 7 and loaded.state == {"best": None, "rows": [1, 2]}
+    assert loaded.model["gain"].shape == () and loaded.optimizer["step"].dtype == np.int64
+    np.testing.assert_array_equal(loaded.model["w"], model["w"])  # a transposed view: memory order must not matter
+    assert sorted(p.name for p in loaded.path.iterdir()) == sorted([*module.CONTENTS, module.MANIFEST])
+    assert not list(store.directory.glob(".tmp*"))
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20, 30, 40):
+        save(store, step, best=step == 10, keep=2)
+    assert steps(store) == [10, 30, 40]
+    assert store.load("best").step == 10 and store.load("latest").step == 40
+    save(store, 50, best=True, keep=1)
+    assert steps(store) == [50]
+
+
+def test_resuming_from_an_older_checkpoint_abandons_the_newer_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20, 30):
+        save(store, step)
+    store.rewind(store.load(store.directory / "step_00000010"))
+    assert store.load().step == 10
+    save(store, 20)  # trained again: replaces the old 20
+    assert steps(store) == [10, 20] and store.load().step == 20
+
+
+@pytest.mark.parametrize("name", [*module.CONTENTS, module.MANIFEST])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "foreign"])
+def test_every_damage_is_found_and_the_previous_checkpoint_named(tmp_path: Path, name: str, damage: str) -> None:
+    store = CheckpointStore(tmp_path)
+    good, bad = save(store, 10), save(store, 20)
+    data = bytearray((bad / name).read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 4
+        (bad / name).write_bytes(data)
+    elif damage == "truncate":
+        (bad / name).write_bytes(data[:-3])
+    elif damage == "remove":
+        (bad / name).unlink()
+    else:
+        (bad / name).write_bytes((good / name).read_bytes())
+    with pytest.raises(CheckpointError) as error:
+        store.load()
+    message = str(error.value)
+    assert str(bad) in message and f"--resume {good}" in message
+    assert (name if damage != "foreign" else module.MANIFEST) in message
+    loaded, message = store.latest_valid()
+    assert loaded is not None and loaded.step == 10 and str(bad) in message
+
+
+def test_every_single_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    path = save(CheckpointStore(tmp_path), 1) / module.MANIFEST
+    data = path.read_bytes()
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        assert verify(path.parent), position
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 10).rename(store.directory / "step_00000020")
+    with pytest.raises(CheckpointError, match=r"state.json: holds step 10, .* expects 20"):
+        store.load()
+
+
+def test_all_damaged_is_an_error_and_none_saved_is_not(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert store.latest_valid() == (None, "")
+    with pytest.raises(CheckpointError, match="saved nothing"):
+        store.load("best")
+    (save(store, 10) / module.STATE).unlink()
+    with pytest.raises(CheckpointError, match="No checkpoint of this run is good"):
+        store.latest_valid()
+
+
+def test_a_lost_pointer_means_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20):
+        save(store, step)
+    (store.directory / "latest").write_bytes(b"step_0\xff")
+    assert store.load().step == 20
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 10)
+    for failing in ("fsync", "rename"):
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os if failing == "fsync" else Path, failing, refuse)
+            with pytest.raises(CheckpointError, match=r"No space left .* MB are free.* output_dir"):
+                save(store, 20)
+        assert steps(store) == [10] and store.load().step == 10
+        assert not list(store.directory.glob(".tmp*"))
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from mlx_training.checkpoint import CheckpointStore
+
+COUNTED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+arrays = {"w": np.full(4, 20, np.float32)}
+for moment, run in enumerate(sys.argv[1:]):
+    if (child := os.fork()) == 0:
+        store, left = CheckpointStore(run), [moment]
+
+        def count(event, _):
+            if event in COUNTED:
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        store.save(20, arrays, arrays, {}, best=True, keep=1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_of_a_save_leaves_a_good_latest(tmp_path: Path) -> None:
+    store, arrays = CheckpointStore(tmp_path / "start"), {"w": np.full(4, 10, np.float32)}
+    first = store.save(10, arrays, arrays, {}, best=False, keep=2)
+    store.save(20, arrays, arrays, {}, best=False, keep=2)  # the killed save replaces this one
+    store.rewind(store.load(first))
+    runs = [tmp_path / str(moment) for moment in range(44)]  # a save makes about 40 calls that can be interrupted
+    for run in runs:
+        shutil.copytree(tmp_path / "start", run)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, runs)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    codes = [int(line) for line in result.stdout.split()]
+    assert len(codes) == len(runs) and set(codes) == {0, -9}, "some moments must fall inside the save, some after it"
+    found = []
+    for run in runs:
+        checkpoint, _ = CheckpointStore(run).latest_valid()
+        assert checkpoint is not None and checkpoint.model["w"][0] == checkpoint.step
+        assert not list((run / "checkpoints").glob(".tmp*"))
+        found.append(checkpoint.step)
+    assert found == sorted(found) and set(found) == {10, 20}
+
+
+def test_check_shapes_lists_everything_at_once() -> None:
+    given = {"a.weight": (2, 3), "c": (1,)}
+    with pytest.raises(CheckpointError) as error:
+        check_shapes(SHAPES, given, "run/x")
+    message = str(error.value)
+    for part in ("run/x", "3 of them", "missing: b ()", "unknown: c (1,)", "a.weight is (2, 3), expected (3, 2)"):
+        assert part in message
+    check_shapes(SHAPES, dict(SHAPES), "fine")
+
+
+def test_a_run_directory_is_claimed_once(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    assert claim_run_directory(run, resume=False) == run and run.is_dir()
+    (run / "notes.txt").touch()
+    claim_run_directory(run, resume=False)  # not a run yet
+    (run / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"already holds a run .*--resume auto.*output_dir"):
+        claim_run_directory(run, resume=False)
+    claim_run_directory(run, resume=True)
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_an_unwritable_run_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = [tmp_path / "file", tmp_path / "file" / "run"]
+    if sys.platform == "linux":
+        places.append(Path("/proc/self"))  # exists, and refuses new files even to root
+    for directory in places:
+        with pytest.raises(ConfigError, match=r"output_dir: .* cannot be written"):
+            claim_run_directory(directory, resume=False)
+
+
+def test_state_must_be_plain_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        CheckpointStore(tmp_path).save(1, {}, {}, {"best": float("nan")}, best=False, keep=1)
+    path = save(CheckpointStore(tmp_path), 1)
+    assert json.loads((path / module.STATE).read_text()) == {"step": 1, "position": 4}

@@ -1,0 +1,51 @@
+"""Convert between a run and OpenTSLM's model_checkpoint.pt.
+
+python tools/opentslm_checkpoint.py export RUN OUT.pt       the best checkpoint of a run (else its latest)
+python tools/opentslm_checkpoint.py import IN.pt OUT_DIR    a directory for training.init_from
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mlx_training.checkpoint import CheckpointStore, claim_run_directory
+from mlx_training.errors import UserError
+from mlx_training.opentslm import read_lora, read_opentslm, write_lora, write_opentslm
+
+
+def export_run(run: Path, out: Path) -> str:
+    """Write the encoder, projector and kept LoRA weights of a run."""
+    checkpoint = CheckpointStore(run).best_or_latest()
+    lora = read_lora(run)
+    write_opentslm(out, checkpoint.model, lora=lora)
+    return f"{out}: {len(checkpoint.model)} arrays of step {checkpoint.step}; {lora or 'no LoRA'}"
+
+
+def import_file(source: Path, out: Path) -> str:
+    """Make a run directory that holds the file's weights as step 0."""
+    foreign = read_opentslm(source)
+    claim_run_directory(out, resume=False)
+    state = {"source": source.name, "epoch": foreign.epoch, **foreign.sizes}
+    CheckpointStore(out).save(0, foreign.arrays, {}, state, best=True, keep=1)
+    if foreign.lora is not None:
+        write_lora(out, foreign.lora)
+    return f"{out}: {len(foreign.arrays)} arrays, {foreign.sizes}; {foreign.lora or 'no LoRA'}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("direction", choices=["export", "import"])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    convert = export_run if arguments.direction == "export" else import_file
+    try:
+        print(convert(arguments.source, arguments.out))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The PyTorch backend: device, precision, and the protocol of mlx_training.backend."""
+
+import resource
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_training.backend import Arrays, Optim, Runtime
+from mlx_training.checkpoint import check_shapes
+from mlx_training.data.batch import Batch
+from mlx_training.errors import BackendError
+from mlx_training.objectives import Objective
+from mlx_training.spec import DecoderSpec, Spec, TimeSeriesSpec
+from torch_backend.decoder import Decoder
+from torch_backend.layers import LanguageModel
+from torch_backend.pretrained import frozen_hash, load_pretrained
+from torch_backend.session import Session
+from torch_backend.step import Step
+from torch_backend.timeseries import TimeSeriesLM
+
+
+class Backend:
+    """PyTorch on CUDA, Metal (MPS) or the CPU."""
+
+    name = "torch"
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.device = torch.device(_device(runtime.device))
+        self.runtime = replace(runtime, device=self.device.type)
+        self.dtype = getattr(torch, runtime.precision)
+
+    def build(self, spec: Spec) -> LanguageModel:
+        model: LanguageModel
+        if isinstance(spec, TimeSeriesSpec):
+            lm = load_pretrained(
+                spec.llm.directory, precision=self.runtime.precision, weights=spec.llm.weights, device=self.device
+            )
+            model = TimeSeriesLM(spec, lm)
+        else:
+            assert isinstance(spec, DecoderSpec), f"no PyTorch realisation of {type(spec).__name__}"
+            model = Decoder(spec, self.dtype)
+        model.spec = spec
+        return model.to(self.device)
+
+    def load(self, model: LanguageModel, arrays: Arrays) -> None:
+        parameters = self._trainable(model)
+        given = {name: array.shape for name, array in arrays.items()}
+        check_shapes({name: tuple(p.shape) for name, p in parameters.items()}, given, "parameters")
+        with torch.no_grad():
+            for name, array in arrays.items():
+                parameters[name].copy_(torch.from_numpy(array))
+
+    def export(self, model: LanguageModel) -> Arrays:
+        return {name: p.detach().float().cpu().numpy().copy() for name, p in self._trainable(model).items()}
+
+    def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
+        return Step(model, model.spec, objective, optim, seed=seed, to_device=self.to_device)
+
+    @torch.no_grad()
+    def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:
+        model.eval()
+        sums = objective(model, self.to_device(batch))
+        return {name: float(value) for name, value in sums.items()}
+
+    def gradients(self, model: LanguageModel, objective: Objective, batch: Batch) -> Arrays:
+        model.eval()
+        sums = objective(model, self.to_device(batch))
+        parameters = self._trainable(model)
+        gradients = torch.autograd.grad(sums["loss"] / sums["weight"], list(parameters.values()), allow_unused=True)
+        return {
+            name: np.zeros(p.shape, np.float32) if g is None else g.float().cpu().numpy()
+            for (name, p), g in zip(parameters.items(), gradients, strict=True)
+        }
+
+    def session(self, model: LanguageModel) -> Session:
+        model.eval()
+        return Session(model, to_device=self.to_device)
+
+    def frozen_hash(self, model: LanguageModel) -> str:
+        return frozen_hash(model.lm) if isinstance(model, TimeSeriesLM) else ""
+
+    def peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch as tensors on the device (indices as int64)."""
+        tensors: dict[str, Any] = {}
+        for name, array in batch.arrays().items():
+            tensor = torch.from_numpy(array)
+            if array.dtype == np.int32 and name != "num_patches":
+                tensor = tensor.long()
+            tensors[name] = tensor.to(self.device, non_blocking=True)
+        return Batch(**tensors, rows=batch.rows)
+
+    def _trainable(self, model: LanguageModel) -> dict[str, torch.nn.Parameter]:
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name] for name in model.spec.params()}
+
+
+def _device(name: str) -> str:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    accelerator = next((d for d in ("cuda", "mps") if available[d]), None)
+    if name == "auto":
+        return accelerator or "cpu"
+    if name == "gpu" and accelerator:
+        return accelerator
+    if available.get(name):
+        return name
+    usable = ", ".join(device for device, ok in available.items() if ok)
+    raise BackendError(
+        f"device {name!r} is not present for PyTorch {torch.__version__} on this machine; "
+        f"usable here: auto, {usable}. For CUDA install a CUDA build of torch and a driver (see `mlx-training env`)."
+    )

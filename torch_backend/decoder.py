@@ -1,0 +1,134 @@
+"""Decoder: the PyTorch realisation of DecoderSpec, module names as in Hugging Face's LlamaForCausalLM.
+
+Shape suffixes: B rows, L tokens, H hidden, N heads, K key/value heads, D head_dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_training.data.batch import Batch
+from mlx_training.spec import DecoderSpec
+from torch_backend.layers import KVCache, LanguageModel, Linear, RMSNorm, attention, rotate
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.q_proj = Linear(spec.hidden_size, spec.num_heads * spec.head_dim, bias=False)
+        self.k_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, bias=False)
+        self.v_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, bias=False)
+        self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
+
+    def forward(
+        self, x_BLH: Tensor, angles: Tensor, mask: Tensor | str | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        B, L, _ = x_BLH.shape
+        q_BNLD = self.q_proj(x_BLH).view(B, L, -1, self.head_dim).transpose(1, 2)
+        k_BKLD = self.k_proj(x_BLH).view(B, L, -1, self.head_dim).transpose(1, 2)
+        v_BKLD = self.v_proj(x_BLH).view(B, L, -1, self.head_dim).transpose(1, 2)
+        q_BNLD, k_BKLD = rotate(q_BNLD, angles), rotate(k_BKLD, angles)
+        if cache is not None:
+            k_BKLD, v_BKLD = cache.append(layer, k_BKLD, v_BKLD)
+        out = attention(q_BNLD, k_BKLD, v_BKLD, mask)
+        return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def forward(self, x_BLH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BLH)) * self.up_proj(x_BLH))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = MLP(spec)
+
+    def forward(
+        self, x_BLH: Tensor, angles: Tensor, mask: Tensor | str | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x_BLH = x_BLH + self.self_attn(self.input_layernorm(x_BLH), angles, mask, cache, layer)
+        return x_BLH + self.mlp(self.post_attention_layernorm(x_BLH))
+
+
+class Body(nn.Module):
+    """Embeddings, layers and final norm ("model" in Hugging Face's names)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(spec) for _ in range(spec.num_layers)])
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+
+class Decoder(LanguageModel):
+    """A Llama-shaped language model, trainable from scratch."""
+
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        self.model = Body(spec)
+        if not spec.tie_word_embeddings:
+            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.register_buffer("frequencies", torch.from_numpy(spec.rope_frequencies()), persistent=False)
+
+    @property
+    def lm(self) -> "Decoder":
+        """The language model that a session drives: this one."""
+        return self
+
+    def inputs(self, batch: Batch) -> Tensor:
+        return self.embed(batch.tokens)
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """Token embeddings (B, L, H) in the compute type."""
+        return self.model.embed_tokens(tokens_BL).to(self.dtype)
+
+    def hidden(self, x_BLH: Tensor) -> Tensor:
+        positions = torch.arange(x_BLH.shape[1], device=x_BLH.device)[None]
+        return self._run(x_BLH, positions, "causal", None)
+
+    def head(self, h: Tensor) -> Tensor:
+        weight = self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
+        return F.linear(h, weight.to(h.dtype)).float()
+
+    def make_cache(self, left_padding: Sequence[int]) -> KVCache:
+        """An empty cache for rows with this much padding on the left."""
+        return KVCache(self.spec.num_layers, left_padding)
+
+    def extend(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states (B, T, H) of new tokens after those in the cache, which grows."""
+        num_new, device = x_BTH.shape[1], x_BTH.device
+        h = self._run(x_BTH, cache.positions(num_new).to(device), cache.mask(num_new).to(device), cache)
+        cache.length += num_new
+        return h
+
+    def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
+        """A copy of these rows of a cache."""
+        return cache.select(rows)
+
+    def _run(
+        self, x_BLH: Tensor, positions_BL: Tensor, mask: Tensor | str | None, cache: KVCache | None
+    ) -> Tensor:
+        angles = positions_BL[..., None].float() * self.frequencies
+        for i, layer in enumerate(self.model.layers):
+            x_BLH = layer(x_BLH, angles, mask, cache, i)
+        return self.model.norm(x_BLH)

@@ -1,0 +1,122 @@
+"""Layers that the families share.
+
+Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N heads, K key/value heads, D head_dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_training.data.batch import Batch
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A Linear whose float32 weights follow the activations' type: float32 master weights under bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def rotate(x_BNLD: Tensor, angles_BLD: Tensor) -> Tensor:
+    """Rotary position embedding, half-split layout (Su et al. 2021); angles are float32 (B or 1, L, D / 2)."""
+    cos, sin = angles_BLD.cos()[:, None], angles_BLD.sin()[:, None]
+    a, b = x_BNLD.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BNLD.dtype)
+
+
+def attention(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str | None) -> Tensor:
+    """Scaled dot-product attention with grouped heads; mask is None, "causal", or boolean (True = may look)."""
+    causal = isinstance(mask, str)
+    return F.scaled_dot_product_attention(
+        q_BNTD,
+        k_BKSD,
+        v_BKSD,
+        attn_mask=None if causal else mask,
+        is_causal=causal,
+        enable_gqa=q_BNTD.shape[1] != k_BKSD.shape[1],
+    )
+
+
+class KVCache:
+    """Keys and values of every layer for rows that are padded on the left."""
+
+    def __init__(self, num_layers: int, left_padding: Sequence[int]) -> None:
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.left_padding = torch.tensor(left_padding)
+        self.length = 0
+
+    def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of one layer; everything so far (B, K, S, D)."""
+        old_k, old_v = self.keys[layer], self.values[layer]
+        k = k_BKTD if old_k is None else torch.cat([old_k, k_BKTD], dim=2)
+        v = v_BKTD if old_v is None else torch.cat([old_v, v_BKTD], dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+    def positions(self, num_new: int) -> Tensor:
+        """Each row's own positions of the next `num_new` tokens (B, T); padding counts as position 0."""
+        places = torch.arange(self.length, self.length + num_new)
+        return (places[None] - self.left_padding[:, None]).clamp(min=0)
+
+    def mask(self, num_new: int) -> Tensor:
+        """Who may look where, boolean (B, 1, T, S): no future, no padding (padding itself looks at padding)."""
+        total = self.length + num_new
+        queries, keys = torch.arange(self.length, total), torch.arange(total)
+        causal_TS = keys[None] <= queries[:, None]
+        pad_key = keys[None] < self.left_padding[:, None]
+        pad_query = queries[None] < self.left_padding[:, None]
+        return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]
+
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """A copy that holds these rows; this one stays valid."""
+        index = torch.tensor(rows)
+        copy = KVCache(len(self.keys), self.left_padding[index].tolist())
+        copy.length = self.length
+        copy.keys = [None if k is None else k[index.to(k.device)] for k in self.keys]
+        copy.values = [None if v is None else v[index.to(v.device)] for v in self.values]
+        return copy
+
+
+class LanguageModel(nn.Module):
+    """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Input embeddings (B, L, H)."""
+        raise AssertionError("a family defines this")
+
+    def hidden(self, x_BLH: Tensor) -> Tensor:
+        """Final hidden states (B, L, H); rows are padded at the end only, so a causal model needs no mask."""
+        raise AssertionError("a family defines this")
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V), float32."""
+        raise AssertionError("a family defines this")
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """log p(target), float32 (B, K). Only label places meet the head: logits are (B, K, V), never (B, L, V)."""
+        h = self.hidden(self.inputs(batch))
+        if batch.positions is not None:
+            h = h.gather(1, batch.positions[..., None].expand(-1, -1, h.shape[-1]))
+        logits_BKV = self.head(h)
+        targets = batch.targets[..., None]
+        return logits_BKV.gather(-1, targets)[..., 0] - logits_BKV.logsumexp(-1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every place, float32 (B, L, V)."""
+        return self.head(self.hidden(self.inputs(batch)))

@@ -1,0 +1,185 @@
+"""Frozen pretrained language models: transformers' model classes, driven by input embeddings.
+
+Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key/value heads, D head_dim, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
+from torch_backend.layers import KVCache
+from torch_backend.quant import dequantize, keep_quantized
+
+
+class PretrainedLM(nn.Module):
+    """A frozen causal LM. Its parameters carry the checkpoint's own names (`model.…`, `lm_head.…`)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden_size: int = config["hidden_size"]
+        self.vocab_size: int = config["vocab_size"]
+        self.num_layers: int = config["num_hidden_layers"]
+        self.softcap: float | None = config.get("final_logit_softcapping")
+        self.embed_scale = 1.0
+        self.sliding_window: int | None = config["sliding_window"]
+        self.model = _build(config)
+        if not config["tie_word_embeddings"]:
+            self.lm_head = nn.Linear(self.hidden_size, self.vocab_size, bias=False, device="meta")
+        if config["model_type"].startswith("gemma"):
+            self.embed_scale = self.hidden_size**0.5
+            # transformers' own embedding layer multiplies by sqrt(hidden_size); `embed` does that here.
+            self.model.embed_tokens = nn.Embedding(self.vocab_size, self.hidden_size, device="meta")
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """Input embeddings (B, L, H), exactly what `hidden` expects (Gemma's scale is applied)."""
+        x_BLH = self.model.embed_tokens(tokens_BL)
+        return x_BLH if self.embed_scale == 1.0 else x_BLH * torch.tensor(self.embed_scale, dtype=x_BLH.dtype)
+
+    def hidden(self, x_BLH: Tensor) -> Tensor:
+        """Final hidden states (B, L, H). Rows are padded at the end only, so a causal model needs no mask."""
+        return self.model(inputs_embeds=x_BLH, use_cache=False).last_hidden_state
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V), float32."""
+        layer = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+        logits = (layer.as_linear(h) if hasattr(layer, "as_linear") else F.linear(h, layer.weight)).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def make_cache(self, left_padding: Sequence[int]) -> KVCache:
+        """An empty cache for rows with this much padding on the left."""
+        return KVCache(self.num_layers, left_padding)
+
+    def extend(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states (B, T, H) of new tokens after those in the cache, which grows."""
+        num_new, device = x_BTH.shape[1], x_BTH.device
+        h_BTH = self.model(
+            inputs_embeds=x_BTH,
+            attention_mask=self._masks(cache, num_new, device),
+            position_ids=cache.positions(num_new).to(device),
+            past_key_values=_LayerCaches(cache),
+            use_cache=True,
+        ).last_hidden_state
+        cache.length += num_new
+        return h_BTH
+
+    def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
+        """A copy of these rows of a cache."""
+        return cache.select(rows)
+
+    def train(self, mode: bool = True) -> "PretrainedLM":
+        """Always in evaluation mode: a frozen model drops nothing out."""
+        return super().train(False)
+
+    def _masks(self, cache: KVCache, num_new: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+        mask_B1TS = cache.mask(num_new).to(device)
+        if self.sliding_window is None:
+            return mask_B1TS
+        queries, keys = torch.arange(cache.length, cache.length + num_new), torch.arange(mask_B1TS.shape[-1])
+        near_TS = (queries[:, None] - keys < self.sliding_window).to(device)
+        return {"full_attention": mask_B1TS, "sliding_attention": mask_B1TS & near_TS}
+
+
+def load_pretrained(
+    directory: Path,
+    *,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    weights: Literal["dequantized", "resident"] = "dequantized",
+    device: Any = None,
+) -> PretrainedLM:
+    """A frozen LM from a directory in Hugging Face or MLX format.
+
+    Args:
+        weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed.
+        device: a PyTorch device; the CPU if None.
+
+    Raises:
+        CheckpointError: missing files; missing, unused or misshaped tensors.
+        ConfigError: an architecture or quantisation that is not supported.
+    """
+    config, dtype, device = read_llm_config(directory), getattr(torch, precision), torch.device(device or "cpu")
+    lm = PretrainedLM(config)
+    files = [safe_open(file, framework="pt", device=str(device)) for file in weight_files(directory)]
+    stored = {name: file for file in files for name in file.keys() if is_weight(name, config)}
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in stored.items()}
+    packed = match_weights({name: tuple(p.shape) for name, p in lm.named_parameters()}, shapes, directory)
+    arrays = {}
+    for name, file in stored.items():
+        path, _, part = name.rpartition(".")
+        if path not in packed or part == "bias":
+            arrays[name] = file.get_tensor(name).to(dtype)
+        elif part == "weight":
+            group_size, bits = packed[path]
+            parts = [file.get_tensor(name).view(torch.int32)]
+            parts += [stored[other].get_tensor(other) for other in (f"{path}.scales", f"{path}.biases")]
+            if weights == "resident":
+                arrays |= {f"{path}.{key}": value for key, value in zip(("packed", "scales", "biases"), parts)}
+            else:
+                arrays[name] = dequantize(*parts, group_size, bits).to(dtype)
+    if weights == "resident":
+        keep_quantized(lm, packed)
+        lm.model.embed_tokens.dtype = dtype
+    lm.load_state_dict(arrays, assign=True)
+    return lm.requires_grad_(False).to(device).eval()
+
+
+def frozen_hash(lm: PretrainedLM) -> str:
+    """SHA-256 over all weights in name order, the same on both backends."""
+    digest = hashlib.sha256()
+    for name, array in sorted((name.replace(".packed", ".weight"), array) for name, array in lm.state_dict().items()):
+        digest.update(f"{name}{tuple(array.shape)}".encode())
+        digest.update(array.contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def head_weight(lm: PretrainedLM) -> np.ndarray:
+    """The head as a dense matrix, float32 (V, H)."""
+    layer = lm.lm_head if hasattr(lm, "lm_head") else lm.model.embed_tokens
+    if hasattr(layer, "packed"):
+        weight = dequantize(layer.packed, layer.scales, layer.biases, layer.group_size, layer.bits)
+    else:
+        weight = layer.weight
+    return weight.float().cpu().numpy()
+
+
+class _LayerCaches:
+    """A `KVCache`, in the words of transformers' attention."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    def update(self, k_BKTD: Tensor, v_BKTD: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.append(layer_idx, k_BKTD, v_BKTD)
+
+
+def _build(config: dict[str, Any]) -> Any:
+    """transformers' body (without a head) for a configuration; its parameters take no memory yet."""
+    from transformers import AutoConfig, AutoModel
+
+    known = {key: value for key, value in config.items() if key not in ("quantization", "model_type", "torch_dtype")}
+    hf_config = AutoConfig.for_model(config["model_type"], **known)
+    with _parameters_on_meta():
+        return AutoModel.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters come without memory and without initialisation; buffers (RoPE tables) are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
