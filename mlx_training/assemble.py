@@ -24,12 +24,11 @@ from mlx_training.data.splits import SplitSpec, load_splits
 from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_tokens
 from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
 from mlx_training.environment import resolve_backend
-from mlx_training.errors import CheckpointError, ConfigError, DataError
+from mlx_training.errors import CheckpointError, DataError
 from mlx_training.llm_source import describe_llm, read_llm_config, resolve_llm
 from mlx_training.spec import DecoderSpec, EncoderSpec, FrozenLM, ProjectorSpec, RopeScaling, Spec, TimeSeriesSpec
 
 SPLITS = ("train", "validation", "test")
-GENERATED_ROWS = {"train": 100_000, "validation": 500, "test": 1_000}
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class RowData:
         return eval_batches(self.rows(split)[:limit], self.encode, batch_size, collate)
 
     def read(self, path: Path) -> Sequence[Row]:
-        """Every row of another file: in this run's format where it fits the suffix, else canonical rows."""
-        data = self.config.dataset
-        fits = data.format not in ("auto", "questions") and (
-            SUFFIXES.get(path.suffix, data.format) in (data.format, "jsonl", "parquet", "csv")
-        )
-        options = data.options.model_dump(exclude_none=True) if fits else {}
-        return load_rows(path, data.format if fits else "auto", **options)
+        """Every row of another file, in this run's format if that can be, else by the file's suffix."""
+        data, by_suffix = self.config.dataset, SUFFIXES.get(path.suffix)
+        own = SUFFIXES.get(Path(data.path or "").suffix) if data.format == "auto" else data.format
+        is_raw = own is not None and own not in ("questions", *SUFFIXES.values())  # tsqa, m4, ...: several suffixes
+        if own == by_suffix or (is_raw and by_suffix in (None, "jsonl", "parquet", "csv")):
+            return load_rows(path, own or "auto", **data.options.model_dump(exclude_none=True))
+        return load_rows(path)
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:
     limits = {name: getattr(data, f"num_samples_{name}") for name in SPLITS}
     if data.format == "questions":
         seed = config.experiment.seed
-        return {name: QuestionDataset(seed, name, limits[name] or GENERATED_ROWS[name]) for name in SPLITS}
+        return {name: QuestionDataset(seed, name, limits[name]) for name in SPLITS}
     assert data.path is not None and data.splits is not None, "the configuration checks this"
     options = data.options.model_dump(exclude_none=True)
     splits = load_splits(data.path, data.format, SplitSpec(**data.splits.model_dump(exclude_none=True)), **options)
@@ -219,7 +218,7 @@ def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> Tex
     limits = {name: getattr(data, f"num_samples_{name}") for name in SPLITS}
     if data.format == "corpus":
         seed = config.experiment.seed
-        documents = {n: list(corpus_documents(seed, n, limits[n] or GENERATED_ROWS[n])) for n in SPLITS}
+        documents = {n: list(corpus_documents(seed, n, limits[n])) for n in SPLITS}
     else:
         assert data.path is not None, "the configuration checks this"
         documents = {"train": read_documents(data.path, **data.options.model_dump(exclude_none=True))}
@@ -227,7 +226,7 @@ def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> Tex
     streams = {name: encode_documents(texts, tokenizer) for name, texts in documents.items()}
     if data.format != "corpus":
         assert data.splits is not None and data.splits.fraction is not None, "the configuration checks this"
-        streams = split_tokens(streams["train"], data.splits.fraction)
+        streams = split_tokens(streams["train"], data.splits.fraction.model_dump(exclude_none=True))
     context = model.decoder.context_length
     return TextData({name: TextWindows(stream, context) for name, stream in streams.items()}, tokenizer, config)
 

@@ -27,7 +27,6 @@ class Runtime:
 
     device: str = "auto"  # auto | cpu | gpu | cuda | mps
     precision: Literal["float32", "bfloat16"] = "float32"  # of the LM's activations; sums and states stay float32
-    compile: bool = True  # MLX: one compiled step a batch shape
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ config = load_config("configs/quick_test.yaml", ["training.batch_size=8"])
 """
 
 import copy
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -64,10 +65,15 @@ def to_yaml(config: RunConfig) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema for editors. A file may `extends:` another, so no key is required in itself."""
-    schema = _loosen(RunConfig.model_json_schema())
+    schema = _loosen(_schema())
     extends = {"type": "string", "description": "A configuration to start from, beside this file or shipped."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return RunConfig.model_json_schema()
 
 
 def _loosen(node: Any) -> Any:
@@ -110,7 +116,7 @@ def _read_override(text: str) -> Document:
     try:
         data = parse_value(value, "override")
     except ConfigError as error:
-        return Document({}, {}, [f"override: {key}: given {value!r}; {error} (quote it if it is text)"])
+        return Document({}, {}, [f"override: {key}: given {value!r}; {str(error).removeprefix('override:1: ')}"])
     where: dict[KeyPath, str] = {path: "override"}
     _mark(data, path, where)
     for part in reversed(path):
@@ -126,18 +132,17 @@ def _mark(data: Any, path: KeyPath, where: dict[KeyPath, str]) -> None:
 
 def _validate(data: Mapping[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
     """The configuration, or every problem: those of single keys *and* contradictions between the other keys."""
-    schema = RunConfig.model_json_schema()
     try:
         return RunConfig.model_validate(data), []
     except ValidationError as error:
-        problems = explain(error, data, schema)
+        problems = explain(error, data, _schema())
     if any(problem.related for problem in problems):
         return None, problems
     wrong = [problem.path for problem in problems]
     try:
         RunConfig.model_validate(_without(data, wrong))
     except ValidationError as error:
-        problems += [p for p in explain(error, data, schema) if p.related and not _touches(p.related, wrong)]
+        problems += [p for p in explain(error, data, _schema()) if p.related and not _touches(p.related, wrong)]
     return None, problems
 
 
@@ -161,11 +166,14 @@ def _touches(related: Sequence[KeyPath], wrong: Sequence[KeyPath]) -> bool:
 
 
 def _line(problem: Problem, where: Mapping[KeyPath, str]) -> str:
+    """The problem with its place: of the key, else of what was given inside it, else of what it would stand in."""
     given = [path for path in problem.related if path in where]
     path = next((path for path in given if where[path] == "override"), given[0] if given else problem.path)
-    while path and path not in where:
+    if path not in where:
+        path = next((inside for inside in where if inside[: len(path)] == path), path)
+    while path not in where:
         path = path[:-1]
-    return f"{where.get(path, 'override')}: {'.'.join(map(str, problem.path))}: {problem.message}"
+    return f"{where[path]}: {'.'.join(map(str, problem.path))}: {problem.message}"
 
 
 def _place(line: str) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
@@ -24,6 +25,17 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.opt
     "m4": ("captions",),
     "ecg_qa_cot": ("records", "template_answers"),
     "text": ("text_column", "separator"),
+}
+# Keys that mean nothing there: changing one is an error, as it would be ignored.
+UNREAD = {
+    "decoder": (
+        *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length"),
+        *("evaluation.max_new_tokens", "evaluation.save_predictions"),
+    ),
+    "text": (
+        *("dataset.num_samples_train", "dataset.num_samples_validation", "dataset.num_samples_test"),
+        *("dataset.splits.file", "dataset.splits.group", "dataset.splits.by_group", "dataset.splits.seed"),
+    ),
 }
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
 
@@ -85,7 +97,7 @@ def fill_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
         default(section("encoder", model), "numeric_scale", False)
     if model.get("family") == "decoder":
         default(section("evaluation"), "metrics", ["loss"])
-    if dataset.get("format") in GENERATED:
+    if dataset.get("format") in [*GENERATED]:  # a list compares: what was given may not be hashable
         for split, num_samples in NUM_GENERATED.items():
             default(dataset, f"num_samples_{split}", num_samples)
     else:
@@ -130,6 +142,13 @@ def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]
 
 def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     data, family = config.dataset, config.model.family
+    for reader, key in {"model.family": family, "dataset.format": data.format}.items():
+        for unread in UNREAD.get(key, ()):
+            *sections, name = unread.split(".")
+            section = reduce(getattr, sections, config)
+            value, default = getattr(section, name), type(section).model_fields[name].default
+            if value != default:
+                yield Conflict((unread, reader), f"{reader}: {key} does not read it; remove it")
     if (data.format in TEXT) != (family == "decoder") and data.format != "auto":
         formats = ", ".join(TEXT) if family == "decoder" else "rows about time series (questions, jsonl, npz, ...)"
         yield Conflict(("dataset.format", "model.family"), f"given {data.format}; the {family} family reads {formats}")

@@ -84,15 +84,17 @@ def _given_path(loc: KeyPath, data: Any) -> KeyPath:
     for part in loc:
         if isinstance(data, dict | list) and not str(part).startswith("<"):
             path = (*path, part)
-            data = _lookup(data, (part,))[1] if _lookup(data, (part,))[0] else {}
+            found, value = _lookup(data, (part,))
+            data = value if found else {}
     return path
 
 
 def _lookup(data: Any, path: KeyPath) -> tuple[bool, Any]:
     """(whether the path exists, its value)."""
     for part in path:
-        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
-        if not inside:
+        if isinstance(data, list):
+            data = dict(enumerate(data))
+        if not isinstance(data, dict) or part not in data:
             return False, None
         data = data[part]
     return True, data

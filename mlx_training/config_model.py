@@ -40,8 +40,8 @@ class EncoderConfig(Section):
     """Attention heads; they divide hidden_size."""
     ffn_size: Count = 256
     """Width of the feed-forward layers."""
-    max_patches: Count = 256
-    """Learned positions: the longest series is max_patches * patch_size samples."""
+    max_patches: Annotated[int, Field(ge=4, multiple_of=4)] = 256
+    """Learned positions, a multiple of 4: the longest series is max_patches * patch_size samples."""
     dropout: Dropout = 0.0
     """Dropout inside the encoder."""
     numeric_scale: bool = True

@@ -194,7 +194,7 @@ class Evaluation(Section):
     split: Split = "validation"
     """Rows for evaluation while training; checkpoints are chosen on it."""
     test_split: Split | None = "test"
-    """Rows for the final report of the best checkpoint; null: none, the last evaluation is reported."""
+    """Rows for the final report of the best checkpoint; null: those of evaluation.split."""
     metrics: Annotated[tuple[Literal["loss", "accuracy", "macro_f1"], ...], as_tuple] = ("loss", "accuracy")
     """What evaluation measures while training; a decoder has [loss]."""
     max_new_tokens: Count = 16

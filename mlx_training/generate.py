@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_training.assemble import load_run
+from mlx_training.assemble import RowData, load_run
 from mlx_training.backend import Backend
 from mlx_training.data.batching import eval_batches
 from mlx_training.data.collate import collate_prompts
 from mlx_training.data.prompt import Encoded
 from mlx_training.data.rows import Row, read_rows
 from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.errors import DataError
 
 
 def greedy(
@@ -48,6 +49,8 @@ def greedy(
 def generate_rows(run: Path, rows: Path, backend: str | None = None) -> dict[str, Any]:
     """Answer every row of a file with a trained run: {"rows": [{"id", "answer", "prediction"}]}."""
     loaded = load_run(run, backend)
+    if not isinstance(loaded.data, RowData):
+        raise DataError(f"--rows {rows}: {run} trained a decoder on text; --rows takes rows about time series")
     given = read_rows(rows)
     predictions = greedy(
         loaded.backend,

@@ -99,7 +99,11 @@ def read_llm_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index if it has one, else all of them."""
+    """The safetensors files of a checkpoint: those of its index if it has one, else all of them.
+
+    Raises:
+        CheckpointError: none, one that the index names is missing, or one is cut off.
+    """
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -107,11 +111,34 @@ def weight_files(directory: Path) -> list[Path]:
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise CheckpointError(f"{directory} lacks {', '.join(missing)} named in {index.name}; download it again")
-        return [directory / name for name in names]
-    files = sorted(directory.glob("model*.safetensors"))
+        files = [directory / name for name in names]
+    else:
+        files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} holds no model*.safetensors; weights in other formats are not read")
+    for file in files:
+        safetensors_header(file)
     return files
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """{name: {"dtype", "shape", "data_offsets"}}, and where the data begins.
+
+    Raises:
+        CheckpointError: the file is cut off, or is no safetensors file (a Git LFS pointer, say).
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8) if start <= size else b"")
+        header.pop("__metadata__", None)
+        expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{path} ({size} bytes) is not a safetensors file; download it again") from None
+    if size != expected:
+        raise CheckpointError(f"{path} has {size} bytes where its header announces {expected}; download it again")
+    return header, start
 
 
 def match_weights(
@@ -135,7 +162,7 @@ def match_weights(
         weight, scales, biases = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
         if weight not in expected or weight not in stored or stored.get(biases) != stored[scales]:
             continue  # reported below as unused
-        *rows, in_size = expected[weight]
+        in_size = expected[weight][-1]
         group_size = in_size // stored[scales][-1]
         bits = stored[weight][-1] * 32 // in_size
         exact = stored[scales][-1] * group_size == in_size and stored[weight][-1] * 32 == bits * in_size
@@ -191,8 +218,8 @@ def _download(llm_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(llm_id, revision=revision, allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub client raises many unrelated types: not found, gated, offline, ...
         raise ConfigError(
-            f"there is no local directory {llm_id!r}, and the Hugging Face hub did not deliver it"
-            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"there is no local directory {llm_id!r}, and the Hugging Face hub did not deliver revision "
+            f"{revision or 'main'!r} of it ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Check the name and the network (for gated models: log in), or download it and give the directory"
         ) from error
 

@@ -8,8 +8,11 @@ from mlx_training.data.rows import Row
 
 
 def normalise(text: str) -> str:
-    """What an exact match compares: case, runs of whitespace and a closing full stop do not count."""
-    return " ".join(text.split()).removesuffix(".").casefold()
+    """What an exact match compares: case, runs of whitespace and a closing full stop do not count.
+
+    Of a chain of thought, only what follows its last "Answer:" counts.
+    """
+    return " ".join(text.rpartition("Answer:")[2].split()).removesuffix(".").casefold()
 
 
 def answer_metrics(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, Any]:

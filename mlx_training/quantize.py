@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mlx_training.errors import CheckpointError, ConfigError
-from mlx_training.llm_source import BITS, GROUP_SIZES, read_llm_config, weight_files
+from mlx_training.llm_source import BITS, GROUP_SIZES, read_llm_config, safetensors_header, weight_files
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def quantize(w: np.ndarray, group_size: int = 64, bits: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,12 +54,15 @@ def quantize_directory(source: Path, target: Path, bits: int = 4, group_size: in
     """Writes `source` (a Hugging Face checkpoint, float weights) quantised to `target`, as `mlx_lm.convert -q` would.
 
     Every matrix whose rows are a multiple of `group_size` is quantised, the embedding included; scales and biases keep
-    the weight's type. Tokenizer and other JSON files are copied.
+    the weight's type. `config.json` is written normalised, with the RoPE keys that mlx-lm reads; tokenizer files are
+    copied.
     """
     source, target = Path(source), Path(target)
     config = read_llm_config(source)
     if config.get("quantization"):
         raise ConfigError(f"{source} is quantised already; give the original checkpoint")
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"source and target are both {source}; give another target directory")
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     for file in weight_files(source):
         for name, (dtype, array) in _read_safetensors(file).items():
@@ -77,24 +80,17 @@ def quantize_directory(source: Path, target: Path, bits: int = 4, group_size: in
         if file.suffix in (".json", ".model", ".txt", ".jinja") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
     _write_safetensors(target / "model.safetensors", tensors)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    # mlx-lm's Llama silently uses plain RoPE where only `rope_parameters` is written.
-    normalized = read_llm_config(source)
-    config |= {key: normalized[key] for key in ("rope_theta", "rope_scaling")}
+    quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    config |= {"quantization": quantization, "quantization_config": quantization}  # the second is what the hub shows
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_safetensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """{name: (safetensors type, array)}; bfloat16, which NumPy lacks, as its uint16 bits."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    data = np.memmap(path, np.uint8, "r", offset=8 + size)
+    header, offset = safetensors_header(path)
+    data = np.memmap(path, np.uint8, "r", offset=offset)
     tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
         start, end = entry["data_offsets"]
@@ -118,7 +114,7 @@ def _write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -
 
 def _to_float32(dtype: str, array: np.ndarray) -> np.ndarray:
     if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        return np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
     return array.astype(np.float32)
 
 

@@ -6,14 +6,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_training import schedule
 from mlx_training.assemble import Assembly, assemble, open_backend
-from mlx_training.backend import Optim, Step
+from mlx_training.backend import Optim
 from mlx_training.checkpoint import Checkpoint, CheckpointStore, claim_run_directory, write_atomic
 from mlx_training.config import RunConfig, to_yaml
 from mlx_training.environment import git_state, versions
@@ -23,7 +23,12 @@ from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
 from mlx_training.spec import TimeSeriesSpec
-from mlx_training.tracking import open_tracker
+from mlx_training.tracking import Tracker, open_tracker
+
+ADVICE = (
+    "The last good checkpoint is intact. Try a lower training.learning_rate, training.grad_clip_norm: 1.0 or more "
+    "warm-up, and look for odd rows in the data"
+)
 
 
 @dataclass
@@ -67,56 +72,44 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
     first = checkpoint.step if checkpoint else 0
     describe_run(run, assembly, backend.name)
 
-    tracker = open_tracker(
-        run,
-        total_steps=total_steps,
-        from_step=first,
-        wandb=config.logging.wandb,
-        project=config.logging.project,
-        name=config.experiment.name,
-        tags=config.experiment.tags,
-        config=config.model_dump(mode="json"),
-    )
     evaluator = Evaluator(config, backend, model, assembly.data)
     cadence = Cadence(config, total_steps, batches.num_batches)
     accumulation = config.training.grad_accumulation_steps
-    stream = batches.prefetch(first * accumulation, total_steps * accumulation)
-    metrics: dict[str, Any] = {}
     number, timer = first, StepTimer()
     base_seconds = progress.seconds - started
-
-    with interruptible() as interrupted:
+    with (
+        interruptible() as interrupted,
+        closing(tracker_of(run, config, first, total_steps)) as tracker,
+        closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
+    ):
         while number < total_steps and not progress.stopped_early:
             number += 1
             rates = learning_rates(config, number, total_steps)
             micro_batches = [next(stream) for _ in range(accumulation)]
             metrics = step(micro_batches, step=number, lr=rates)
-            progress.tokens += (num_tokens := sum(batch.num_supervised for batch in micro_batches))
+            num_tokens = sum(batch.num_supervised for batch in micro_batches)
+            progress.tokens += num_tokens
             timer.count(num_tokens)
 
-            evaluates, saves = cadence.evaluates(number), cadence.saves(number) or interrupted
-            if cadence.logs(number) or evaluates or saves:
-                progress.loss = read_finite(metrics, number)
+            evaluates = cadence.evaluates(number) and not interrupted
+            saves = evaluates or cadence.saves(number) or interrupted
+            if saves or cadence.logs(number):
+                progress.loss, norm = read_finite(metrics, number)
                 progress.seconds = base_seconds + time.monotonic()
-                logged = {"loss": progress.loss, "grad_norm": float(metrics["grad_norm"])}
-                logged |= {f"lr/{group}": rate for group, rate in rates.items()}
-                tracker.log(number, logged | timer.read() | {"memory_gb": backend.peak_memory() / 1e9})
+                values = {"loss": progress.loss, "grad_norm": norm, **{f"lr/{g}": rate for g, rate in rates.items()}}
+                tracker.log(number, values | timer.read() | {"memory_gb": backend.peak_memory() / 1e9})
             improved = False
-            if evaluates and not interrupted:
+            if evaluates:
                 values = evaluator.during_training()
                 tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
-                improved = judge(config, progress, values)
-                timer.skip()
-            if saves or evaluates or progress.stopped_early:
+                improved = judge(config, progress, values, number)
+            if saves:
                 state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly), "backend": backend.name}
-                arrays = backend.export(model)
-                store.save(number, arrays, step.export(), state, best=improved, keep=config.checkpoint.keep)
-                timer.skip()
+                arrays, moments = backend.export(model), step.export()
+                store.save(number, arrays, moments, state, best=improved, keep=config.checkpoint.keep)
+                timer.restart()
             if interrupted:
-                tracker.close()
                 raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
-    stream.close()
-    tracker.close()
 
     backend.load(model, store.best_or_latest().model)
     split = config.evaluation.test_split or config.evaluation.split
@@ -133,6 +126,20 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
     }
     write_atomic(run / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def tracker_of(run: Path, config: RunConfig, first: int, total_steps: int) -> Tracker:
+    """The sinks of this run, continuing after step `first`."""
+    return open_tracker(
+        run,
+        total_steps=total_steps,
+        from_step=first,
+        wandb=config.logging.wandb,
+        project=config.logging.project,
+        name=config.experiment.name,
+        tags=config.experiment.tags,
+        config=config.model_dump(mode="json"),
+    )
 
 
 def plan(assembly: Assembly) -> tuple[Any, int]:
@@ -159,10 +166,12 @@ def learning_rates(config: RunConfig, step: int, total_steps: int) -> dict[str, 
     return {group: peak * factor for group, peak in config.learning_rates.items()}
 
 
-def judge(config: RunConfig, progress: Progress, values: dict[str, float]) -> bool:
+def judge(config: RunConfig, progress: Progress, values: dict[str, float], step: int) -> bool:
     """Whether an evaluation is the best so far; counts those that are not, and stops when patience runs out."""
     name = config.checkpoint.best.removeprefix("eval/")
     value, sign = values[name], 1 if name == "loss" else -1
+    if not math.isfinite(value):
+        raise DivergedError(f"diverged by step {step}: {config.checkpoint.best} is {value}. {ADVICE}")
     margin = config.training.early_stopping_min_delta
     if progress.best is None or sign * value < sign * progress.best - margin:
         progress.best, progress.evaluations_without_improvement = value, 0
@@ -173,15 +182,12 @@ def judge(config: RunConfig, progress: Progress, values: dict[str, float]) -> bo
     return False
 
 
-def read_finite(metrics: dict[str, Any], step: int) -> float:
-    """The loss as a number; waits for the device. Raises DivergedError when it or the gradient is not finite."""
+def read_finite(metrics: dict[str, Any], step: int) -> tuple[float, float]:
+    """Loss and gradient norm as numbers; waits for the device. Raises DivergedError when one is not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if math.isfinite(loss) and math.isfinite(norm):
-        return loss
-    raise DivergedError(
-        f"diverged by step {step}: loss {loss}, gradient norm {norm}. Nothing was saved after the last good checkpoint. "
-        "Try a lower training.learning_rate, training.grad_clip_norm: 1.0, or more warm-up; look for odd rows in the data"
-    )
+        return loss, norm
+    raise DivergedError(f"diverged by step {step}: loss {loss}, gradient norm {norm}. {ADVICE}")
 
 
 def find_checkpoint(store: CheckpointStore, resume: str | None) -> Checkpoint | None:
@@ -245,24 +251,21 @@ class Cadence:
 
 
 class StepTimer:
-    """Supervised tokens and steps per second since the last reading, evaluations and saves left out."""
+    """Supervised tokens and seconds per step since the last reading; `restart` leaves out what was between."""
 
     def __init__(self) -> None:
-        self.since, self.tokens, self.steps, self.excluded = time.monotonic(), 0, 0, 0.0
-        self.mark = self.since
+        self.restart()
+
+    def restart(self) -> None:
+        self.since, self.tokens, self.steps = time.monotonic(), 0, 0
 
     def count(self, tokens: int) -> None:
-        self.tokens, self.steps, self.mark = self.tokens + tokens, self.steps + 1, time.monotonic()
-
-    def skip(self) -> None:
-        """Leave out the time since the last step."""
-        now = time.monotonic()
-        self.since, self.mark = self.since + (now - self.mark), now
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
 
     def read(self) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        rates = {"tokens_per_second": self.tokens / seconds, "seconds_per_step": seconds / max(self.steps, 1)}
-        self.since, self.tokens, self.steps = time.monotonic(), 0, 0
+        seconds = time.monotonic() - self.since
+        rates = {"tokens_per_second": self.tokens / seconds, "seconds_per_step": seconds / self.steps}
+        self.restart()
         return rates
 
 
@@ -270,7 +273,7 @@ class StepTimer:
 def interruptible() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM so that a step can finish and be saved; a second one aborts at once."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def receive(number: int, _frame: Any) -> None:
         received.append(number)
@@ -278,10 +281,10 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(known, handler)
         print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
+    for expected in (signal.SIGINT, signal.SIGTERM):
+        previous[expected] = signal.signal(expected, receive)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for expected, handler in previous.items():
+            signal.signal(expected, handler)

@@ -77,7 +77,7 @@ def prove(folder: Path, wheel: Path, extra: str) -> None:
     resumed = cli("train", "quick_test", *SMALL.format(steps=10).split(), "output_dir=run", "--resume", "auto")
     assert resumed["steps"] == 10, resumed
     assert cli("evaluate", "run")["rows"] == 8
-    cli("train", "tiny_llama", *["training.max_steps=2", "dataset.num_samples_train=64", "output_dir=decoder"])
+    cli("train", "tiny_llama", "training.max_steps=2", "training.batch_size=8", "output_dir=decoder")
     other = "torch" if extra == "mlx" else "mlx"
     refused = run(command, "train", "quick_test", "--backend", other, "output_dir=other", cwd=work, check=False)
     assert refused.returncode == 2, refused

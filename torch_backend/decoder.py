@@ -125,9 +125,7 @@ class Decoder(LanguageModel):
         """A copy of these rows of a cache."""
         return cache.select(rows)
 
-    def _run(
-        self, x_BLH: Tensor, positions_BL: Tensor, mask: Tensor | str | None, cache: KVCache | None
-    ) -> Tensor:
+    def _run(self, x_BLH: Tensor, positions_BL: Tensor, mask: Tensor | str | None, cache: KVCache | None) -> Tensor:
         angles = positions_BL[..., None].float() * self.frequencies
         for i, layer in enumerate(self.model.layers):
             x_BLH = layer(x_BLH, angles, mask, cache, i)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class PretrainedLM(nn.Module):
 
     def embed(self, tokens_BL: Tensor) -> Tensor:
         """Input embeddings (B, L, H), exactly what `hidden` expects (Gemma's scale is applied)."""
-        x_BLH = self.model.embed_tokens(tokens_BL)
+        x_BLH = self.model.embed_tokens(tokens_BL).to(self.model.norm.weight.dtype)  # packed rows come in float32
         return x_BLH if self.embed_scale == 1.0 else x_BLH * torch.tensor(self.embed_scale, dtype=x_BLH.dtype)
 
     def hidden(self, x_BLH: Tensor) -> Tensor:
@@ -91,13 +91,14 @@ class PretrainedLM(nn.Module):
 def load_pretrained(
     directory: Path,
     *,
-    precision: Literal["float32", "bfloat16"] = "float32",
-    weights: Literal["dequantized", "resident"] = "dequantized",
+    precision: str = "float32",
+    weights: str = "dequantized",
     device: Any = None,
 ) -> PretrainedLM:
     """A frozen LM from a directory in Hugging Face or MLX format.
 
     Args:
+        precision: compute type, "float32" or "bfloat16".
         weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed.
         device: a PyTorch device; the CPU if None.
 
@@ -108,7 +109,7 @@ def load_pretrained(
     config, dtype, device = read_llm_config(directory), getattr(torch, precision), torch.device(device or "cpu")
     lm = PretrainedLM(config)
     files = [safe_open(file, framework="pt", device=str(device)) for file in weight_files(directory)]
-    stored = {name: file for file in files for name in file.keys() if is_weight(name, config)}
+    stored = {name: file for file in files for name in list(file.keys()) if is_weight(name, config)}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in stored.items()}
     packed = match_weights({name: tuple(p.shape) for name, p in lm.named_parameters()}, shapes, directory)
     arrays = {}
@@ -118,21 +119,20 @@ def load_pretrained(
             arrays[name] = file.get_tensor(name).to(dtype)
         elif part == "weight":
             group_size, bits = packed[path]
-            parts = [file.get_tensor(name).view(torch.int32)]
-            parts += [stored[other].get_tensor(other) for other in (f"{path}.scales", f"{path}.biases")]
+            bits_of_w = file.get_tensor(name).view(torch.int32)
+            scales, biases = (stored[other].get_tensor(other) for other in (f"{path}.scales", f"{path}.biases"))
             if weights == "resident":
-                arrays |= {f"{path}.{key}": value for key, value in zip(("packed", "scales", "biases"), parts)}
+                arrays |= {f"{path}.packed": bits_of_w, f"{path}.scales": scales, f"{path}.biases": biases}
             else:
-                arrays[name] = dequantize(*parts, group_size, bits).to(dtype)
+                arrays[name] = dequantize(bits_of_w, scales, biases, group_size, bits).to(dtype)
     if weights == "resident":
         keep_quantized(lm, packed)
-        lm.model.embed_tokens.dtype = dtype
     lm.load_state_dict(arrays, assign=True)
     return lm.requires_grad_(False).to(device).eval()
 
 
 def frozen_hash(lm: PretrainedLM) -> str:
-    """SHA-256 over all weights in name order, the same on both backends."""
+    """SHA-256 over all weights in name order; dense weights of one type give the same on both backends."""
     digest = hashlib.sha256()
     for name, array in sorted((name.replace(".packed", ".weight"), array) for name, array in lm.state_dict().items()):
         digest.update(f"{name}{tuple(array.shape)}".encode())

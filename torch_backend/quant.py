@@ -58,13 +58,9 @@ class _PackedLinear(_Packed):
 
 
 class _PackedEmbedding(_Packed):
-    """Its rows are in `dtype`, which `load_pretrained` sets to the compute type."""
-
-    dtype = torch.float32
-
     def forward(self, tokens: Tensor) -> Tensor:
         rows = (self.packed[tokens], self.scales[tokens], self.biases[tokens])
-        return dequantize(*rows, self.group_size, self.bits).to(self.dtype)
+        return dequantize(*rows, self.group_size, self.bits)
 
 
 class _PackedProduct(torch.autograd.Function):

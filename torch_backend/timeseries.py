@@ -4,13 +4,14 @@ Shape suffixes: B rows, L tokens, S series, T samples, P patches a series, p pat
 N heads, D head_dim, H hidden size of the LM.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_training.data.batch import Batch
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
-from torch_backend.layers import LanguageModel, attention
+from torch_backend.layers import LanguageModel, RMSNorm, attention
 from torch_backend.pretrained import PretrainedLM, head_weight
 
 
@@ -100,13 +101,11 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(in_size, eps=1e-5)
         self.linear = nn.Linear(in_size, out_size)
         self.dropout = nn.Dropout(spec.dropout)
-        self.gain = nn.Parameter(torch.empty(1)) if spec.norm_output else None
+        self.output_norm = RMSNorm(out_size, eps=1e-6) if spec.norm_output else None
 
     def forward(self, x_SPd: Tensor) -> Tensor:
         y_SPH = self.dropout(F.gelu(self.linear(self.norm(x_SPd))))
-        if self.gain is not None:
-            y_SPH = F.rms_norm(y_SPH, (y_SPH.shape[-1],), eps=1e-6) * self.gain
-        return y_SPH
+        return y_SPH if self.output_norm is None else self.output_norm(y_SPH)
 
 
 class TimeSeriesLM(LanguageModel):
@@ -118,11 +117,11 @@ class TimeSeriesLM(LanguageModel):
         self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
         self.lm = lm
         self.train_lm_head = spec.train_lm_head
-        if spec.projector.norm_output:
-            self.projector.gain = nn.Parameter(embedding_rms(lm))
+        if self.projector.output_norm is not None:
+            nn.init.constant_(self.projector.output_norm.weight, embedding_rms(lm))
         if spec.train_lm_head:
             self.lm_head = nn.Linear(lm.hidden_size, lm.vocab_size, bias=False)
-            self.lm_head.weight = nn.Parameter(torch.from_numpy(head_weight(lm)))
+            self.lm_head.weight = nn.Parameter(torch.tensor(head_weight(lm)))
 
     def inputs(self, batch: Batch) -> Tensor:
         """Token embeddings with projected patches in their places (B, L, H)."""
@@ -144,7 +143,7 @@ class TimeSeriesLM(LanguageModel):
         return self.lm.head(h)
 
 
-def embedding_rms(lm: PretrainedLM) -> Tensor:
-    """Root mean square of the LM's token embeddings, float32 (1,); of a large vocabulary the first 4,096."""
-    tokens = torch.arange(min(lm.vocab_size, 4096))
-    return lm.embed(tokens).float().square().mean().sqrt()[None]
+def embedding_rms(lm: PretrainedLM) -> float:
+    """Root mean square of the LM's token embeddings; of a large vocabulary the first 4,096."""
+    embeddings = lm.embed(torch.arange(min(lm.vocab_size, 4096), device=next(iter(lm.state_dict().values())).device))
+    return float(np.sqrt(np.square(embeddings.float().cpu().numpy(), dtype=np.float64).mean()))

@@ -4,8 +4,9 @@ Shapes: B rows, L tokens, K labels a row, S series, T samples, P patches a serie
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
-import numpy as np
+Array = Any  # np.ndarray; the backends put their own arrays into the same fields
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,18 @@ class Batch:
     `positions=None` every place is a label place (K == L), as in language-model windows.
     """
 
-    tokens: np.ndarray  # int32 (B, L); a patch's place holds id 0, which is overwritten
-    targets: np.ndarray  # int32 (B, K)
-    mask: np.ndarray  # float32 (B, K): 1 where supervised, 0 at padding labels
-    lengths: np.ndarray  # int32 (B,): tokens and patches before the padding
-    positions: np.ndarray | None = None  # int32 (B, K)
-    series: np.ndarray | None = None  # float32 (S, T): normalised, zero-padded to a patch multiple
-    scale: np.ndarray | None = None  # float32 (S, 2): asinh(mean), log(std) of the raw series
-    num_patches: np.ndarray | None = None  # int32 (S,): real patches of each series, at least 1
-    patch_index: np.ndarray | None = None  # int32 (B, L): 0 = text, else 1 + s * P + p
+    tokens: Array  # int32 (B, L); a patch's place holds id 0, which is overwritten
+    targets: Array  # int32 (B, K)
+    mask: Array  # float32 (B, K): 1 where supervised, 0 at padding labels
+    lengths: Array  # int32 (B,): tokens and patches before the padding
+    positions: Array = None  # int32 (B, K)
+    series: Array = None  # float32 (S, T): normalised, zero-padded to a patch multiple
+    scale: Array = None  # float32 (S, 2): asinh(mean), log(std) of the raw series
+    num_patches: Array = None  # int32 (S,): real patches of each series, at least 1
+    patch_index: Array = None  # int32 (B, L): 0 = text, else 1 + s * P + p
     rows: tuple[int, ...] = ()  # index of each row in its dataset, for reports
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Array]:
         """The arrays that are present, by field name (what a backend moves to its device)."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
         return {name: value for name, value in values.items() if value is not None}

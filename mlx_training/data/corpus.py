@@ -108,7 +108,7 @@ _TOPIC_WEIGHTS = np.array(
     + [0.20 / len(ACTIVITY_TOPICS)] * len(ACTIVITY_TOPICS)
     + [0.40 / len(OTHER_TOPICS)] * len(OTHER_TOPICS)
 )
-_MADE_UP_FRACTION = 0.15
+_MADE_UP_FRACTION = 0.1
 _WORDS = tuple(sorted({label.split()[-1] for topic in TOPICS for label in topic.labels}))
 
 _FILLER = (
@@ -130,7 +130,7 @@ _THINGS = ("series", "signal", "curve", "recording", "measurement", "sequence")
 
 
 def _pick(rng: np.random.Generator, values: Sequence[str]) -> str:
-    return values[rng.integers(len(values))]
+    return values[int(rng.integers(len(values)))]
 
 
 def _made_up_word(rng: np.random.Generator) -> str:
@@ -150,7 +150,7 @@ def _sentence(rng: np.random.Generator) -> str:
     label, thing, subject = topic.labels[k], _pick(rng, _THINGS), topic.subject
     if topic.meanings and rng.random() < 0.7:
         meaning = topic.meanings[k]
-        forms = (
+        forms: Sequence[str] = (
             f"The {thing} {meaning}, so the {subject} is {label}.",
             f"If the {subject} is {label}, the {thing} {meaning}.",
             f"A {thing} whose {subject} is {label} {meaning}.",
@@ -180,14 +180,15 @@ def _vote_words(labels: Sequence[str]) -> list[str]:
 
 
 def _votes(rng: np.random.Generator, winner: str, losers: Sequence[str], num_votes: int) -> list[str]:
-    """`num_votes` words; `winner` stands there more often than any of `losers`, mixed with unrelated words."""
+    """`num_votes` words: `winner` clearly more often than any of `losers`, mixed with unrelated words."""
     wins = max(2, round(rng.uniform(0.35, 1.0) * num_votes))
+    limit = 0.75 * wins
     votes = [winner] * wins
     counts = dict.fromkeys(losers, 0)
     noise = rng.random()
     while len(votes) < num_votes:
         word = _pick(rng, losers) if losers and rng.random() < noise else _pick(rng, _WORDS)
-        if word == winner or counts.get(word, 0) >= wins - 1:
+        if word == winner or counts.get(word, 0) + 1 > limit:
             word = winner
         counts[word] = counts.get(word, 0) + 1
         votes.append(word)
@@ -202,14 +203,14 @@ def _statistics(rng: np.random.Generator) -> str:
 def _prompt(rng: np.random.Generator) -> str:
     """A question, votes in the place of each series, and the answer: the layout of `data/prompt.py`."""
     topic = _some_topic(rng)
-    labels = [topic.labels[i] for i in rng.permutation(len(topic.labels))]
+    labels = [topic.labels[i] for i in rng.permutation(len(topic.labels)).tolist()]
     labels = labels[: max(2, int(rng.integers(len(labels) // 2, len(labels) + 1)))]
     answer = int(rng.integers(len(labels)))
     words = _vote_words(labels)
     winner, losers = words[answer], words[:answer] + words[answer + 1 :]
 
     if rng.random() < 1 / 3:
-        intros = AXIS_INTROS[rng.integers(len(AXIS_INTROS))]
+        intros: Sequence[str] = AXIS_INTROS[rng.integers(len(AXIS_INTROS))]
     else:
         intros = (_pick(rng, SERIES_INTROS),)
     with_statistics = rng.random() < 0.8

@@ -106,11 +106,9 @@ def ts(
     `channel_names`: one text per channel, before its series. `label_names`: class label -> answer text.
     `post_prompt`: "{options}" in it becomes the list of answers.
     """
-    recordings = read_ts(path)
-    return _classification_rows(
-        [(where, series, label, "") for where, series, label in recordings],
-        path, question, post_prompt, channel_names, label_names,
-    )  # fmt: skip
+    recordings, labels = read_ts(path)
+    labelled = [(where, series, label, "") for where, series, label in recordings]
+    return _classification_rows(labelled, labels, path, question, post_prompt, channel_names, label_names)
 
 
 def npz(
@@ -130,7 +128,7 @@ def npz(
     The options name the arrays. With a `labels` array, `y` holds indices into it; else `y` is the label.
     The other options are those of `ts`.
     """
-    windows, classes, groups = _npz_arrays(path, x, y, labels, group)
+    windows, classes, groups, names = _npz_arrays(path, x, y, labels, group)
     recordings = []
     for index in range(len(windows)):
         where = f"{path}: window {index}"
@@ -138,12 +136,13 @@ def npz(
         for channel, values in enumerate(series):
             check_series(values, f"{where}, channel {channel}")
         recordings.append((where, series, str(classes[index]), "" if groups is None else str(groups[index])))
-    return _classification_rows(recordings, path, question, post_prompt, channel_names, label_names)
+    return _classification_rows(recordings, names, path, question, post_prompt, channel_names, label_names)
 
 
 def _npz_arrays(
     path: Path, x: str, y: str, labels: str, group: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]:
+    """Windows (n, T, C), the class of each as a label, its group, and all labels."""
     try:
         with np.load(require_file(path), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -166,8 +165,8 @@ def _npz_arrays(
         names = arrays[labels]
         if classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= len(names):
             raise DataError(f"{path}: {y} must hold indices into {labels} (0..{len(names) - 1})")
-        classes = names[classes]
-    return windows, classes, groups
+        return windows, names[classes], groups, [str(name) for name in names]
+    return windows, classes, groups, [str(label) for label in np.unique(classes)]
 
 
 def csv_rows(
@@ -207,7 +206,8 @@ def csv_rows(
             first, last = header.index(value_columns[0]), header.index(value_columns[-1])
             series = (_value_cells([cells[name] for name in header[first : last + 1]], where),)
         recordings.append((where, series, cells[answer_column], extras[-1].get("group", "")))
-    rows = _classification_rows(recordings, path, question, post_prompt, channel_names, label_names)
+    labels = [label for _, _, label, _ in recordings]
+    rows = _classification_rows(recordings, labels, path, question, post_prompt, channel_names, label_names)
     return [replace(row, **extra) for row, extra in zip(rows, extras, strict=True)]
 
 
@@ -224,14 +224,15 @@ def _value_cells(cells: list[str], where: str) -> np.ndarray:
 
 def _classification_rows(
     recordings: Sequence[tuple[str, tuple[np.ndarray, ...], str, str]],
+    labels: Sequence[str],
     path: Path,
     question: str,
     post_prompt: str,
     channel_names: Sequence[str] | None,
     label_names: Mapping[Any, str] | None,
 ) -> list[Row]:
-    """Rows that ask for the label of (where, series, label, group); options are the sorted labels."""
-    labels = sorted({label for _, _, label, _ in recordings})
+    """Rows that ask for the label of (where, series, label, group); options are `labels`, sorted, once each."""
+    labels = sorted(set(labels))
     names = {str(label): name for label, name in (label_names or {}).items()}
     unknown = [label for label in names if label not in labels]
     if unknown:

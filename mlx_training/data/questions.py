@@ -15,7 +15,7 @@ from mlx_training.data.rows import Row
 from mlx_training.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
-MIN_LENGTH, MAX_LENGTH = 64, 128
+MIN_LENGTH, MAX_LENGTH = 80, 128
 
 OPTION_INTROS = ("Options:", "Choose from", "Pick one:", "Answer with one of")
 SERIES_INTROS = ("This is the time series", "Here is the series", "The series", "The measured values")
@@ -59,7 +59,7 @@ def _anomaly(rng: np.random.Generator, answer: int, length: int) -> np.ndarray:
     """Unit noise with a spike in the first, the middle or the last part, or nowhere."""
     values = rng.normal(0.0, 1.0, length)
     if answer < 3:
-        place = rng.uniform(*((0.02, 0.25), (0.40, 0.60), (0.75, 0.98))[answer])
+        place = rng.uniform(*((0.02, 0.22), (0.42, 0.58), (0.78, 0.98))[answer])
         start, width = int(place * length), int(rng.integers(1, 4))
         values[start : start + width] += rng.choice((-1.0, 1.0)) * rng.uniform(7.0, 12.0)
     return values

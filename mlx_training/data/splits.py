@@ -42,7 +42,8 @@ class SplitSpec:
             raise ConfigError("dataset.splits.fraction: leave out 'train'; it gets what the other splits leave")
         if any(not 0 < share < 1 for share in self.fraction.values()) or sum(self.fraction.values()) >= 1:
             raise ConfigError(
-                f"dataset.splits.fraction: {dict(self.fraction)}: each must be above 0, the sum below 1; the rest is train"
+                f"dataset.splits.fraction: {dict(self.fraction)}: each must be above 0, the sum below 1; "
+                "train gets the rest"
             )
         if self.file and "train" not in self.file:
             raise ConfigError("dataset.splits.file: name the train file too")

@@ -15,8 +15,8 @@ from mlx_training.errors import DataError
 Recording = tuple[str, tuple[np.ndarray, ...], str]  # "file:line", series per channel, class label
 
 
-def read_ts(path: Path) -> list[Recording]:
-    """All recordings of a labelled `.ts` file."""
+def read_ts(path: Path) -> tuple[list[Recording], list[str]]:
+    """All recordings of a labelled `.ts` file, and the header's class labels."""
     header: dict[str, list[str]] = {}
     recordings: list[Recording] = []
     in_data = False
@@ -36,7 +36,7 @@ def read_ts(path: Path) -> list[Recording]:
             raise DataError(f"{where}: expected '@name value' or '@data' in the header; got {line[:60]!r}")
     if not in_data:
         raise DataError(f"{path}: no '@data' line; is this a .ts file?")
-    return recordings
+    return recordings, header["classlabel"][1:]
 
 
 def _check_header(header: dict[str, list[str]], path: Path) -> None:

@@ -57,8 +57,7 @@ class Backend:
         return {name: np.array(p.astype(mx.float32)) for name, p in self._trainable(model).items()}
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
-        compiled = self.runtime.compile
-        return Step(model, model.spec, objective, optim, seed=seed, to_device=self.to_device, compile=compiled)
+        return Step(model, model.spec, objective, optim, seed=seed, to_device=self.to_device)
 
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:
         model.eval()

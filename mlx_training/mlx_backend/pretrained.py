@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -75,13 +75,14 @@ class PretrainedLM(nn.Module):
 def load_pretrained(
     directory: Path,
     *,
-    precision: Literal["float32", "bfloat16"] = "float32",
-    weights: Literal["dequantized", "resident"] = "dequantized",
+    precision: str = "float32",
+    weights: str = "dequantized",
     device: Any = None,
 ) -> PretrainedLM:
     """A frozen LM from a directory in Hugging Face or MLX format.
 
     Args:
+        precision: compute type, "float32" or "bfloat16".
         weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed.
         device: an MLX device; the default device if None.
 
@@ -104,8 +105,8 @@ def load_pretrained(
             keep_quantized(lm, packed)
         else:
             for path, (group_size, bits) in packed.items():
-                parts = [stored.pop(f"{path}.{part}") for part in ("weight", "scales", "biases")]
-                stored[f"{path}.weight"] = dequantize(*parts, group_size, bits)
+                scales, biases = stored.pop(f"{path}.scales"), stored.pop(f"{path}.biases")
+                stored[f"{path}.weight"] = dequantize(stored[f"{path}.weight"], scales, biases, group_size, bits)
         arrays = []
         for name in list(stored):
             array = stored.pop(name)
@@ -118,11 +119,11 @@ def load_pretrained(
 
 
 def frozen_hash(lm: PretrainedLM) -> str:
-    """SHA-256 over all weights in name order, the same on both backends."""
+    """SHA-256 over all weights in name order; dense weights of one type give the same on both backends."""
     digest = hashlib.sha256()
     for name, array in sorted(tree_flatten(lm.parameters())):
         digest.update(f"{name}{tuple(array.shape)}".encode())
-        digest.update(np.array(array.view(mx.uint8)).data)
+        digest.update(memoryview(array.view(mx.uint8)))
     return digest.hexdigest()
 
 
@@ -185,9 +186,7 @@ class _RoPE(nn.Module):
         self.dims = rope.dims
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        return mx.fast.rope(
-            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
-        )
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)
 
 
 @contextmanager

@@ -33,37 +33,36 @@ class Step:
         *,
         seed: int,
         to_device: Callable[[Batch], Batch],
-        compile: bool = True,
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
         self.groups = optimizer_groups(spec)
-        parameters = dict(tree_flatten(model.parameters()))
-        self.parameters: Flat = {name: parameters[name] for name in spec.params()}
+        parameters = self._parameters()
         self.optimizers = {(group, decay): self._optimizer(decay) for group, decay in self.groups}
         for key, names in self.groups.items():
-            self.optimizers[key].init({name: self.parameters[name] for name in names})
+            self.optimizers[key].init({name: parameters[name] for name in names})
         self.state = {key: optimizer.state for key, optimizer in self.optimizers.items()}
-        wrap = (lambda f: mx.compile(f, mx.random.state, mx.random.state)) if compile else (lambda f: f)
-        self._gradients, self._update, self._whole = wrap(self._gradients), wrap(self._update), wrap(self._whole)
+        self._compiled_gradients, self._compiled_update, self._compiled_whole = (
+            mx.compile(f, mx.random.state, mx.random.state) for f in (self._gradients, self._update, self._whole)
+        )
 
     def __call__(self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float]) -> dict[str, Any]:
         mx.random.seed(step_seed(self.seed, step))
         self.model.train()
         rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
         arrays = [self.to_device(batch).arrays() for batch in batches]
-        states = list(self.state.values())
+        parameters, states = self._parameters(), list(self.state.values())
         if len(arrays) == 1:
-            self.parameters, states, metrics = self._whole(self.parameters, states, arrays[0], rates)
+            parameters, states, metrics = self._compiled_whole(parameters, states, arrays[0], rates)
         else:
-            sums, gradients = self._gradients(self.parameters, arrays[0])
+            sums, gradients = self._compiled_gradients(parameters, arrays[0])
             for more in arrays[1:]:
-                more_sums, more_gradients = self._gradients(self.parameters, more)
+                more_sums, more_gradients = self._compiled_gradients(parameters, more)
                 sums = [a + b for a, b in zip(sums, more_sums, strict=True)]
                 gradients = {name: g + more_gradients[name] for name, g in gradients.items()}
-            self.parameters, states, metrics = self._update(self.parameters, states, sums, gradients, rates)
+            parameters, states, metrics = self._compiled_update(parameters, states, sums, gradients, rates)
         self.state = dict(zip(self.state, states, strict=True))
-        self._attach(self.parameters)
-        mx.async_eval(self.parameters, states, metrics)
+        self._attach(parameters)
+        mx.async_eval(parameters, states, metrics)
         return metrics
 
     def _gradients(self, parameters: Flat, arrays: dict[str, mx.array]) -> tuple[list[mx.array], Flat]:
@@ -100,6 +99,9 @@ class Step:
         sums, gradients = self._gradients(parameters, arrays)
         return self._update(parameters, states, sums, gradients, rates)
 
+    def _parameters(self) -> Flat:
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
     def _attach(self, parameters: Flat) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))
 
@@ -119,7 +121,8 @@ class Step:
 
     def load(self, arrays: Arrays) -> None:
         """Take over a state exported by either backend."""
-        expect_names(["step", *(f"{n}.{k}" for n in self.parameters for k in "mv")], arrays, "optimiser state")
+        names = [name for group in self.groups.values() for name in group]
+        expect_names(["step", *(f"{name}.{k}" for name in names for k in "mv")], arrays, "optimiser state")
         for key, names in self.groups.items():
             state = self.state[key]
             state["step"] = mx.array(int(arrays["step"]), mx.uint64)

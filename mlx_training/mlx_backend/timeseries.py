@@ -6,9 +6,10 @@ N heads, D head_dim, H hidden size of the LM.
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.mlx_backend.layers import LanguageModel, attention
+from mlx_training.mlx_backend.layers import LanguageModel, RMSNorm, attention
 from mlx_training.mlx_backend.pretrained import PretrainedLM, head_weight
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
 
@@ -99,13 +100,11 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(in_size, eps=1e-5)
         self.linear = nn.Linear(in_size, out_size)
         self.dropout = nn.Dropout(spec.dropout)
-        self.gain = mx.zeros(1) if spec.norm_output else None
+        self.output_norm = RMSNorm(out_size, eps=1e-6) if spec.norm_output else None
 
     def __call__(self, x_SPd: mx.array) -> mx.array:
         y_SPH = self.dropout(nn.gelu(self.linear(self.norm(x_SPd))))
-        if self.gain is not None:
-            y_SPH = mx.fast.rms_norm(y_SPH, None, 1e-6) * self.gain
-        return y_SPH
+        return y_SPH if self.output_norm is None else self.output_norm(y_SPH)
 
 
 class TimeSeriesLM(LanguageModel):
@@ -117,8 +116,8 @@ class TimeSeriesLM(LanguageModel):
         self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
         self.lm = lm
         self.train_lm_head = spec.train_lm_head
-        if spec.projector.norm_output:
-            self.projector.gain = embedding_rms(lm)
+        if self.projector.output_norm is not None:
+            self.projector.output_norm.weight = mx.full(lm.hidden_size, embedding_rms(lm))
         if spec.train_lm_head:
             self.lm_head = nn.Linear(lm.hidden_size, lm.vocab_size, bias=False)
             self.lm_head.weight = mx.array(head_weight(lm))
@@ -143,7 +142,7 @@ class TimeSeriesLM(LanguageModel):
         return self.lm.head(h)
 
 
-def embedding_rms(lm: PretrainedLM) -> mx.array:
-    """Root mean square of the LM's token embeddings, float32 (1,); of a large vocabulary the first 4,096."""
-    tokens = mx.arange(min(lm.vocab_size, 4096))
-    return mx.sqrt(lm.embed(tokens).astype(mx.float32).square().mean())[None]
+def embedding_rms(lm: PretrainedLM) -> float:
+    """Root mean square of the LM's token embeddings; of a large vocabulary the first 4,096."""
+    embeddings = lm.embed(mx.arange(min(lm.vocab_size, 4096)))
+    return float(np.sqrt(np.square(np.array(embeddings.astype(mx.float32)), dtype=np.float64).mean()))

@@ -30,9 +30,7 @@ class EncoderSpec:
         d, group = self.hidden_size, "encoder"
         # (out, in = 1, kernel); fan-in is the patch
         table = {
-            "encoder.patch_embed.weight": Param(
-                (d, 1, self.patch_size), "uniform", self.patch_size**-0.5, True, group
-            ),
+            "encoder.patch_embed.weight": Param((d, 1, self.patch_size), "uniform", self.patch_size**-0.5, True, group),
             "encoder.pos_embed": Param((1, self.max_patches, d), "normal", 1.0, False, group),
         }
         if self.numeric_scale:
@@ -58,7 +56,7 @@ class ProjectorSpec:
     """Encoder space -> embedding space of the LM: LayerNorm, Linear, GELU."""
 
     dropout: float = 0.0
-    norm_output: bool = False  # RMS-normalise the output, times a learned gain: at first the RMS of the LM's embeddings
+    norm_output: bool = False  # RMSNorm at the end, whose weight starts at the RMS of the LM's own embeddings
 
     def params(self, in_size: int, out_size: int) -> dict[str, Param]:
         """264,448 parameters at 128 -> 2048 without `norm_output`."""
@@ -66,7 +64,7 @@ class ProjectorSpec:
         table = dict(layer_norm("projector.norm", in_size, group=group))
         table |= linear("projector.linear", out_size, in_size, group=group)
         if self.norm_output:
-            table["projector.gain"] = Param((1,), "pretrained", 0.0, False, group)
+            table["projector.output_norm.weight"] = Param((out_size,), "pretrained", 0.0, False, group)
         return table
 
 
@@ -101,6 +99,4 @@ class TimeSeriesSpec(Spec):
     def zero_gradients(self) -> dict[str, slice]:
         """The key third of every fused attention bias."""
         d = self.encoder.hidden_size
-        return {
-            f"encoder.layers.{i}.self_attn.in_proj_bias": slice(d, 2 * d) for i in range(self.encoder.num_layers)
-        }
+        return {f"encoder.layers.{i}.self_attn.in_proj_bias": slice(d, 2 * d) for i in range(self.encoder.num_layers)}

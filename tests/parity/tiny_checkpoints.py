@@ -5,8 +5,6 @@ Weights are N(0, 0.1): at the usual 0.02 attention is so flat that a wrong RoPE 
 
 from pathlib import Path
 
-import torch
-
 from mlx_training.quantize import quantize_directory
 
 SIZES = {
@@ -50,13 +48,14 @@ FAMILIES = {
 }
 
 
-def save_tiny(model_type: str, directory: Path, *, max_shard_size: str = "1GB", seed: int = 0, **changes: object) -> Path:
+def save_tiny(model_type: str, directory: Path, *, max_shard_size: str = "1GB", **changes: object) -> Path:
     """Writes a random model as transformers itself writes it (`rope_parameters`, sharded if asked)."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, **(SIZES | FAMILIES[model_type] | changes))
     model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.1

@@ -33,18 +33,15 @@ def arrays() -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
-class TorchEncoder:
-    """The state dict of OpenTSLM's TransformerCNNEncoder, made with PyTorch's own modules."""
-
-    @staticmethod
-    def state(torch: Any) -> dict[str, Any]:
-        module = torch.nn.Module()
-        module.patch_embed = torch.nn.Conv1d(1, 8, 4, 4, bias=False)
-        module.pos_embed = torch.nn.Parameter(torch.randn(1, 26, 8))
-        module.input_norm = torch.nn.LayerNorm(8)
-        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
-        module.encoder = torch.nn.TransformerEncoder(layer, 2)
-        return module.state_dict()
+def published_encoder(torch: Any) -> Any:
+    """The published encoder, of PyTorch's own modules."""
+    module = torch.nn.Module()
+    module.patch_embed = torch.nn.Conv1d(1, 8, 4, 4, bias=False)
+    module.pos_embed = torch.nn.Parameter(torch.randn(1, 26, 8))
+    module.input_norm = torch.nn.LayerNorm(8)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation="gelu")
+    module.encoder = torch.nn.TransformerEncoder(layer, 2)
+    return module
 
 
 @pytest.fixture
@@ -73,7 +70,7 @@ def fake_peft(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def test_reads_what_the_reference_writes(tmp_path: Path, fake_peft: types.ModuleType) -> None:
     torch = pytest.importorskip("torch")
-    encoder = TorchEncoder.state(torch)
+    encoder = published_encoder(torch).state_dict()
     linear = torch.nn.Linear(8, 12)
     projector = {"projector.0.weight": torch.ones(8), "projector.0.bias": torch.zeros(8)}
     projector |= {"projector.1.weight": linear.weight.detach().bfloat16(), "projector.1.bias": linear.bias.detach()}
@@ -115,7 +112,7 @@ def test_what_is_written_loads_safely_in_torch_and_round_trips(tmp_path: Path) -
     write_opentslm(path, given, lora=LORA, epoch=300, extras={"val_loss": -1.5})
     content = torch.load(path, weights_only=True)
     assert content["epoch"] == 300 and content["lora_enabled"] is True and content["val_loss"] == -1.5
-    assert set(content["encoder_state"]) == set(TorchEncoder.state(torch))
+    assert set(content["encoder_state"]) == set(published_encoder(torch).state_dict())
     assert content["lora_config"]["default"] == LORA.config
     torch.testing.assert_close(
         content["projector_state"]["projector.1.weight"], torch.from_numpy(given["projector.linear.weight"])
@@ -125,6 +122,24 @@ def test_what_is_written_loads_safely_in_torch_and_round_trips(tmp_path: Path) -
     assert {n: a.tolist() for n, a in found.lora.arrays.items()} == {n: a.tolist() for n, a in LORA.arrays.items()}
     for name, array in given.items():
         np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_our_encoder_computes_what_the_published_one_does(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from torch_backend.timeseries import Encoder
+
+    torch.manual_seed(0)
+    theirs, ours = published_encoder(torch), Encoder(ENCODER)
+    projector = {"projector.1.weight": torch.ones(12, 8)}
+    torch.save({"encoder_state": theirs.state_dict(), "projector_state": projector}, tmp_path / "model_checkpoint.pt")
+    read = read_opentslm(tmp_path / "model_checkpoint.pt").arrays
+    state = {n.removeprefix("encoder."): torch.from_numpy(a) for n, a in read.items() if n.startswith("encoder.")}
+    ours.load_state_dict(state, strict=True)
+    series = torch.randn(2, 40)
+    x = theirs.patch_embed(series[:, None]).transpose(1, 2) + theirs.pos_embed[:, :10]
+    with torch.no_grad():
+        expected = theirs.encoder.train()(theirs.input_norm(x))
+        torch.testing.assert_close(ours(series, torch.zeros(2, 2), torch.tensor([10, 10])), expected)
 
 
 def test_reading_needs_no_framework(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlx_training.data.questions import QUESTION_TYPES, QuestionDataset
+from mlx_training.data.questions import MAX_LENGTH, MIN_LENGTH, QUESTION_TYPES, QuestionDataset
 from mlx_training.data.rows import Row
 from mlx_training.errors import ConfigError
 
@@ -51,9 +51,9 @@ def test_rows_are_complete_and_vary(train: list[Row]) -> None:
         assert ", ".join(row.options) + "." in row.pre_prompt
         assert all(option.isalpha() for option in row.options)
         assert row.series[0].dtype == np.float32 and np.isfinite(row.series[0]).all()
-        assert 64 <= row.series[0].size <= 128
+        assert MIN_LENGTH <= row.series[0].size <= MAX_LENGTH
     assert len({row.id for row in train}) == len(train)
-    assert len({row.series[0].size for row in train}) == 65
+    assert len({row.series[0].size for row in train}) == MAX_LENGTH - MIN_LENGTH + 1
     assert len({(row.pre_prompt, row.series_text, row.post_prompt) for row in train}) > 1000
     places = Counter(row.options.index(row.answer) for row in train if len(row.options) == 3)
     assert max(places.values()) < 0.37 * sum(places.values())  # the place in the list tells nothing
@@ -122,7 +122,7 @@ def test_the_series_holds_the_answer(test: list[Row], name: str) -> None:
 
 
 def test_unknown_split_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="'dev'.*train, validation, test"):
+    with pytest.raises(ConfigError, match=r"'dev'.*train, validation, test"):
         QuestionDataset(1, "dev", 10)
     with pytest.raises(ConfigError, match="num_samples >= 1, got 1 and 0"):
         QuestionDataset(1, "test", 0)

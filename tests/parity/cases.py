@@ -1,0 +1,122 @@
+"""The models and batches of the parity suite: small, ragged, float32."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_training import backend as backends
+from mlx_training.backend import Arrays, Backend, Optim, Runtime
+from mlx_training.data.batch import Batch
+from mlx_training.data.collate import collate
+from mlx_training.data.prompt import Encoded
+from mlx_training.init import initialise
+from mlx_training.schedule import factor
+from mlx_training.spec import DecoderSpec, EncoderSpec, FrozenLM, ProjectorSpec, RopeScaling, Spec, TimeSeriesSpec
+
+VOCAB = 96
+ENCODER = EncoderSpec(patch_size=4, hidden_size=16, num_layers=2, num_heads=2, ffn_size=24, max_patches=12)
+OPTIM = Optim(weight_decay=0.01, grad_clip_norm=1.0)
+
+
+def specs(directory: Path) -> dict[str, Spec]:
+    """One spec a case; `directory` holds a 4-bit Llama (vocabulary 96, hidden 64)."""
+    llm = FrozenLM(directory, 64, VOCAB)
+    published = TimeSeriesSpec(llm, ENCODER)
+    scaled = EncoderSpec(**(vars(ENCODER) | {"numeric_scale": True}))
+    ours = TimeSeriesSpec(llm, scaled, ProjectorSpec(norm_output=True), train_lm_head=True)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "head_dim": 8}
+    rope = RopeScaling(8.0, 1.0, 4.0, original_context_length=16)
+    return {
+        "timeseries-published": published,
+        "timeseries-ours": ours,
+        "timeseries-resident": TimeSeriesSpec(
+            FrozenLM(directory, 64, VOCAB, weights="resident"), scaled, ProjectorSpec(norm_output=True)
+        ),
+        "decoder-gqa-rope-scaling": DecoderSpec(VOCAB, num_kv_heads=2, rope_scaling=rope, init_std=0.06, **small),
+        "decoder-untied": DecoderSpec(VOCAB, tie_word_embeddings=False, rms_norm_eps=1e-3, **small),
+    }
+
+
+CASES = (
+    "timeseries-published",
+    "timeseries-ours",
+    "timeseries-resident",
+    "decoder-gqa-rope-scaling",
+    "decoder-untied",
+)
+
+
+def batches(spec: Spec, count: int, seed: int = 0, batch_size: int = 4) -> list[Batch]:
+    """Learnable ragged batches: the answer depends on the series (or the text on itself)."""
+    rng = np.random.default_rng(seed)
+    make = _rows if isinstance(spec, TimeSeriesSpec) else _windows
+    return [make(rng, batch_size) for _ in range(count)]
+
+
+def _windows(rng: np.random.Generator, batch_size: int) -> Batch:
+    start, stride = rng.integers(3, VOCAB, (batch_size, 1)), rng.integers(1, 4, (batch_size, 1))
+    tokens = (3 + (start + stride * np.arange(20)) % (VOCAB - 3)).astype(np.int32)
+    mask = np.ones((batch_size, 19), np.float32)
+    mask[0, 12:] = 0
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, np.array([12, *[19] * (batch_size - 1)], np.int32))
+
+
+def _rows(rng: np.random.Generator, batch_size: int) -> Batch:
+    return collate([encoded_row(rng, int(rng.integers(1, 3))) for _ in range(batch_size)], range(batch_size))
+
+
+def encoded_row(rng: np.random.Generator, num_series: int) -> Encoded:
+    """A prompt of random words with `num_series` noisy lines; the answer is the direction of the first."""
+    direction = int(rng.integers(2))
+    tokens, places, series, counts = [1], [0], [], []
+    for index in range(num_series):
+        words = rng.integers(3, VOCAB, rng.integers(1, 6)).tolist()
+        patches = int(rng.integers(2, 11))
+        slope = (2 * direction - 1) if index == 0 else 0
+        values = slope * np.linspace(-1, 1, 4 * patches) + 0.5 * rng.standard_normal(4 * patches)
+        series.append(values.astype(np.float32))
+        tokens += words + [0] * patches
+        places += [0] * len(words) + list(range(1 + sum(counts), 1 + sum(counts) + patches))
+        counts.append(patches)
+    tokens += (post := rng.integers(3, VOCAB, 3).tolist())
+    places += [0] * len(post)
+    prompt_length = len(tokens)
+    tokens += (answer := [10 + direction, 2] if direction else [10, 12, 2])
+    return Encoded(
+        tokens=np.array(tokens, np.int32),
+        prompt_length=prompt_length,
+        series=tuple(series),
+        scale=rng.standard_normal((num_series, 2)).astype(np.float32),
+        patch_place=np.array(places + [0] * len(answer), np.int32),
+        num_patches=tuple(counts),
+        patch_size=4,
+    )
+
+
+def realise(name: str, spec: Spec, seed: int = 0) -> tuple[Backend, Any]:
+    """The spec on one backend, with the initial values both backends share."""
+    backend = backends.get(name, Runtime(device="cpu"))
+    model = backend.build(spec)
+    backend.load(model, backend.export(model) | initialise(spec, seed))
+    return backend, model
+
+
+def rates(spec: Spec, step: int, total_steps: int, peak: float = 2e-3) -> dict[str, float]:
+    """Warm-up over 10 % of the steps, then cosine; every group at its own peak."""
+    value = peak * factor("cosine", step, total_steps, total_steps // 10)
+    return {group: value / (1 + i) for i, group in enumerate(spec.groups)}
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """||a - b|| / ||b||."""
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def without_zero_gradients(spec: Spec, arrays: Arrays) -> Arrays:
+    """Arrays with the parts that have a true gradient of zero set to zero: rounding noise is all they hold."""
+    kept = dict(arrays)
+    for name, part in spec.zero_gradients().items():
+        kept[name] = kept[name].copy()
+        kept[name][part] = 0
+    return kept

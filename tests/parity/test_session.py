@@ -1,0 +1,87 @@
+"""Sessions: what is decoded token by token, in any company, is what the whole forward pass gives."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlx_training.backend import get
+from mlx_training.data.batch import Batch
+from tests.parity import lm_driver
+from tests.parity.tiny_checkpoints import save_tiny, save_tiny_quantized
+
+pytestmark = pytest.mark.usefixtures("both_backends")
+LENGTHS = (9, 1, 14, 5)  # beyond Gemma's window of 5, and a prompt of one token
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3_text", "llama 4-bit resident"])
+def checkpoint(request, tmp_path_factory):
+    """(directory, how to load it)"""
+    model_type, *resident = request.param.split()
+    make = save_tiny_quantized if resident else save_tiny
+    directory = make(model_type, tmp_path_factory.mktemp("lm") / "lm")
+    return directory, {"weights": "resident"} if resident else {}
+
+
+@pytest.fixture
+def lm(backend_name, checkpoint):
+    return lm_driver.load(backend_name, checkpoint[0], **checkpoint[1])
+
+
+@pytest.fixture
+def new_session(backend_name, lm):
+    model = SimpleNamespace(lm=lm, inputs=lambda batch: lm.embed(batch.tokens), head=lm.head, eval=lambda: None)
+    return lambda: get(backend_name).session(model)
+
+
+def _rows() -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 96, length + 4).astype(np.int32) for length in LENGTHS]
+
+
+def _prompts(rows: list[np.ndarray]) -> Batch:
+    """The rows without their last four tokens, padded at the end with a token that must not matter."""
+    lengths = np.array([len(row) - 4 for row in rows], np.int32)
+    tokens = np.full((len(rows), lengths.max() + 2), 77, np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row) - 4] = row[:-4]
+    none = np.zeros((len(rows), 1))
+    return Batch(tokens, none.astype(np.int32), none.astype(np.float32), lengths)
+
+
+def _decode(session, rows: list[np.ndarray]) -> np.ndarray:
+    """Logits after the prompt and after each of the four known tokens (B, 5, V)."""
+    steps = [session.prefill(_prompts(rows))]
+    steps += [session.extend(np.array([row[i] for row in rows])) for i in range(-4, 0)]
+    return np.stack(steps, axis=1)
+
+
+def test_equals_the_whole_forward_pass(backend_name, lm, new_session):
+    rows = _rows()
+    decoded = _decode(new_session(), rows)
+    assert decoded.dtype == np.float32
+    for row, actual in zip(rows, decoded, strict=True):
+        expected = lm_driver.logits(backend_name, lm, row[None])[0, -5:]
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(new_session):
+    rows = _rows()
+    together = _decode(new_session(), rows)
+    for row, expected in zip(rows, together, strict=True):
+        np.testing.assert_allclose(_decode(new_session(), [row])[0], expected, rtol=0, atol=1e-5)
+
+
+def test_fork_leaves_the_parent_valid(new_session):
+    rows = _rows()
+    expected = _decode(new_session(), rows)
+    parent = new_session()
+    parent.prefill(_prompts(rows))
+    parent.extend(np.array([row[-4] for row in rows]))
+    order = [2, 0, 2, 1]  # reordered, repeated, dropped
+    fork = parent.fork(order)
+    other = fork.extend(np.array([11, rows[0][-3], rows[2][-3], rows[1][-3]]))
+    np.testing.assert_allclose(other[1:], expected[[0, 2, 1], 2], rtol=0, atol=1e-5)
+    assert np.abs(other[0] - other[2]).max() > 0.1  # the same history, another token
+    later = [parent.extend(np.array([row[i] for row in rows])) for i in (-3, -2, -1)]
+    np.testing.assert_allclose(np.stack(later, axis=1), expected[:, 2:], rtol=0, atol=1e-5)
