@@ -77,6 +77,9 @@ def prove(folder: Path, wheel: Path, extra: str) -> None:
     resumed = cli("train", "quick_test", *SMALL.format(steps=10).split(), "output_dir=run", "--resume", "auto")
     assert resumed["steps"] == 10, resumed
     assert cli("evaluate", "run")["rows"] == 8
+    row = {"pre_prompt": "Look at", "series": [[1.0, 2.0, 3.0]], "series_text": ["the series"], "post_prompt": "Trend?"}
+    (work / "rows.jsonl").write_text(json.dumps({**row, "answer": ""}) + "\n")
+    cli("generate", "run", "--rows", "rows.jsonl")
     cli("train", "tiny_llama", "training.max_steps=2", "training.batch_size=8", "output_dir=decoder")
     other = "torch" if extra == "mlx" else "mlx"
     refused = run(command, "train", "quick_test", "--backend", other, "output_dir=other", cwd=work, check=False)

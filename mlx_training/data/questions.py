@@ -56,12 +56,12 @@ def _period(rng: np.random.Generator, answer: int, length: int) -> np.ndarray:
 
 
 def _anomaly(rng: np.random.Generator, answer: int, length: int) -> np.ndarray:
-    """Unit noise with a spike in the first, the middle or the last part, or nowhere."""
+    """Noise with a few outlying samples in the first, the middle or the last part, or nowhere."""
     values = rng.normal(0.0, 1.0, length)
     if answer < 3:
         place = rng.uniform(*((0.02, 0.22), (0.42, 0.58), (0.78, 0.98))[answer])
-        start, width = int(place * length), int(rng.integers(1, 4))
-        values[start : start + width] += rng.choice((-1.0, 1.0)) * rng.uniform(7.0, 12.0)
+        start, width = int(place * length), int(rng.integers(2, 6))
+        values[start : start + width] += rng.choice((-1.0, 1.0)) * rng.uniform(6.0, 10.0)
     return values
 
 

@@ -101,8 +101,9 @@ def _rule(name: str, z: np.ndarray) -> str:
         period = 1024 / (8 + int(power.argmax()))
         return "short" if period < 10 else "medium" if period < 23 else "long"
     if name == "anomaly":
-        place = int(np.abs(z).argmax()) / z.size
-        if np.abs(z).max() < 4.2:
+        size = np.abs(z - np.median(z))
+        place = int(size.argmax()) / z.size
+        if size.max() < 5.5 * np.median(size):  # 3.7 robust standard deviations
             return "nowhere"
         return "beginning" if place < 1 / 3 else "middle" if place < 2 / 3 else "end"
     cuts = range(z.size // 4, 3 * z.size // 4)
