@@ -51,11 +51,13 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         sums = [self._backward(self.to_device(batch)) for batch in batches]
         loss, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         torch._foreach_div_(gradients, weight)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.optim.grad_clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.grad_clip_norm, norm)
+            torch._foreach_mul_(gradients, (self.optim.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        for p, gradient in zip(self.parameters.values(), gradients, strict=True):
+            p.grad = gradient  # zero where a batch did not use the parameter: it decays all the same
         for group in self.optimizer.param_groups:
             group["lr"] = lr[group["group"]]
         self.optimizer.step()
