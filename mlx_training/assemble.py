@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from mlx_training import backend as backends
 from mlx_training.backend import Backend, Runtime
-from mlx_training.checkpoint import Checkpoint, CheckpointStore
+from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
 from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
@@ -33,12 +34,20 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RowData:
-    """Rows about time series, by split, and how they become tokens."""
+    """Rows about time series, by split, and how they become tokens. Files are read when a split is asked for."""
 
-    splits: dict[str, Sequence[Row]]
     tokenizer: Tokenizer
     encoder: PromptEncoder
     config: RunConfig
+
+    @cached_property
+    def splits(self) -> dict[str, Sequence[Row]]:
+        """All rows. Those of files are checked here, so that the last one cannot end a run when its turn comes."""
+        splits = _row_splits(self.config)
+        if self.config.dataset.format != "questions":
+            for rows in splits.values():
+                self._check(rows)
+        return splits
 
     def rows(self, split: str) -> Sequence[Row]:
         """The rows of a split."""
@@ -63,13 +72,20 @@ class RowData:
         return eval_batches(self.rows(split)[:limit], self.encode, batch_size, collate)
 
     def read(self, path: Path) -> Sequence[Row]:
-        """Every row of another file, in this run's format if that can be, else by the file's suffix."""
+        """Every row of another file, in this run's format if that can be, else by the file's suffix; checked."""
         data, by_suffix = self.config.dataset, SUFFIXES.get(path.suffix)
         own = SUFFIXES.get(Path(data.path or "").suffix) if data.format == "auto" else data.format
         is_raw = own is not None and own not in ("questions", *SUFFIXES.values())  # tsqa, m4, ...: several suffixes
         if own == by_suffix or (is_raw and by_suffix in (None, "jsonl", "parquet", "csv")):
-            return load_rows(path, own or "auto", **data.options.model_dump(exclude_none=True))
-        return load_rows(path)
+            rows = load_rows(path, own or "auto", **data.options.model_dump(exclude_none=True))
+        else:
+            rows = load_rows(path)
+        self._check(rows)
+        return rows
+
+    def _check(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.encoder.check(row)
 
 
 @dataclass(frozen=True)
@@ -117,9 +133,10 @@ class LoadedRun:
 
 
 def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
-    """Read tokenizer and data and work out the spec. A tokenizer that is trained here is kept in `run`.
+    """Read the tokenizer and work out the spec. A tokenizer that is trained here is kept in `run`.
 
-    Raises ConfigError and DataError; vocabularies that disagree are found here, before the first step.
+    Rows are read later (`RowData`), so that a run can be used where its training data is not. Raises ConfigError and
+    DataError; vocabularies that disagree are found here, before the first step.
     """
     if isinstance(config.model, TimeSeriesConfig):
         spec = timeseries_spec(config.model)
@@ -134,7 +151,7 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
             max_length=config.dataset.max_length or _context_length(spec.llm.directory),
             max_patches=spec.encoder.max_patches,
         )
-        return Assembly(config, spec, RowData(_row_splits(config), tokenizer, encoder, config))
+        return Assembly(config, spec, RowData(tokenizer, encoder, config))
     data = _text_data(config, config.model, run)
     return Assembly(config, decoder_spec(config.model, data.tokenizer.vocab_size), data)
 
@@ -171,10 +188,17 @@ def load_run(run: Path, backend: str | None = None) -> LoadedRun:
     config = load_config(run / "config.yaml")
     assembly = assemble(config, run)
     checkpoint = CheckpointStore(run).best_or_latest()
+    check_fits(assembly.spec, checkpoint)
     chosen = open_backend(config, backend)
     model = chosen.build(assembly.spec)
     chosen.load(model, checkpoint.model)
     return LoadedRun(config, assembly.data, chosen, model, checkpoint)
+
+
+def check_fits(spec: Spec, checkpoint: Checkpoint) -> None:
+    """CheckpointError, naming the checkpoint, unless it holds the parameters of the table exactly."""
+    given = {name: array.shape for name, array in checkpoint.model.items()}
+    check_shapes({name: param.shape for name, param in spec.params().items()}, given, checkpoint.path)
 
 
 def open_backend(config: RunConfig, name: str | None = None) -> Backend:
@@ -232,10 +256,13 @@ def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> Tex
 
 
 def _text_tokenizer(model: DecoderConfig, texts: Sequence[str], run: Path | None) -> Tokenizer:
-    """The tokenizer of a directory, the one this run has trained, or one trained now."""
+    """The tokenizer of a directory, the one this run has trained, or one trained now.
+
+    Without config.yaml a tokenizer in `run` is what an attempt with other text or settings left behind.
+    """
     if isinstance(model.tokenizer, str):
         return Tokenizer.load(model.tokenizer)
-    if run is not None and (run / "tokenizer" / "tokenizer.json").is_file():
+    if run is not None and (run / "config.yaml").is_file() and (run / "tokenizer" / "tokenizer.json").is_file():
         return Tokenizer.load(run / "tokenizer")
     if run is not None:
         return train_bpe(texts, model.tokenizer.train, run / "tokenizer")

@@ -120,8 +120,8 @@ class DecoderShape(Section):
 class TrainTokenizer(Section):
     """Train a byte-level BPE tokenizer on the training text."""
 
-    train: Annotated[int, Field(ge=258)]
-    """Size of its vocabulary: 256 bytes, <bos>, <eos> and merges."""
+    train: Annotated[int, Field(ge=259)]
+    """Size of its vocabulary: 256 bytes, <bos>, <eos>, <pad> and merges."""
 
 
 class DecoderConfig(Section):

@@ -97,7 +97,7 @@ def evaluate_run(
         if not isinstance(loaded.data, RowData):
             raise DataError(f"--data {data}: this run trained a decoder on text; --data takes rows about time series")
         metrics, predictions = evaluator.report("", loaded.data.read(data))
-        where = data.stem
+        where = f"file_{data.stem}"
     if loaded.config.evaluation.save_predictions and predictions:
         save_predictions(run / f"predictions_{where}.jsonl", predictions)
     return metrics

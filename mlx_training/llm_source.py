@@ -56,8 +56,8 @@ def resolve_llm(llm_id: str, revision: str | None = None) -> Path:
     if path.is_file():
         raise ConfigError(f"{llm_id!r} is a file; give the directory that holds config.json and *.safetensors")
     if _looks_like_path(llm_id):
-        near = difflib.get_close_matches(path.name, _directories(path.parent), n=3)
-        hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)}? " if near else ""
+        near = _near(path)
+        hint = f"did you mean {' or '.join(map(str, near))}? " if near else ""
         raise ConfigError(
             f"there is no directory {llm_id!r}. {hint}Give an existing directory, builtin/NAME, or a hub id 'org/name'"
         )
@@ -102,12 +102,15 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of its index if it has one, else all of them.
 
     Raises:
-        CheckpointError: none, one that the index names is missing, or one is cut off.
+        CheckpointError: none, one that the index names is missing, one is cut off, or the index is garbled.
     """
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(map(str, {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise CheckpointError(f"{index} has no weight_map of file names; download it again") from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise CheckpointError(f"{directory} lacks {', '.join(missing)} named in {index.name}; download it again")
@@ -199,7 +202,15 @@ def _some(items: list[str]) -> str:
 def _looks_like_path(llm_id: str) -> bool:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", llm_id) or llm_id.startswith((".", "~")):
         return True
-    return Path(llm_id).parent.is_dir()  # "models/lama" beside an existing models/ is a typing error
+    return Path(llm_id).parent.is_dir() or bool(_near(Path(llm_id)))  # "models/lama" beside an existing models/
+
+
+def _near(path: Path) -> list[Path]:
+    """Existing directories with a name like this one beside it, or of this name in a directory like its own."""
+    if path.parent.is_dir():
+        return [path.parent / name for name in difflib.get_close_matches(path.name, _directories(path.parent))]
+    parents = difflib.get_close_matches(path.parent.name, _directories(path.parent.parent))
+    return [found for name in parents if (found := path.parent.parent / name / path.name).is_dir()]
 
 
 def _directories(parent: Path) -> list[str]:

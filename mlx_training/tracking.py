@@ -75,13 +75,20 @@ class WandbSink:
         name: str,
         tags: Sequence[str],
         config: Mapping[str, Any],
+        notes: str = "",
     ) -> None:
         self.run: Any = None
         try:
             import wandb
 
             self.run = wandb.init(
-                dir=str(directory), mode=mode, project=project, name=name, config=dict(config), tags=list(tags)
+                dir=str(directory),
+                mode=mode,
+                project=project,
+                name=name,
+                tags=list(tags),
+                notes=notes,
+                config=dict(config),
             )
         except ImportError:
             self._give_up("it is not installed (pip install wandb, or logging.wandb=disabled)")
@@ -172,6 +179,7 @@ def open_tracker(
     project: str | None = None,
     name: str = "",
     tags: Sequence[str] = (),
+    notes: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> Tracker:
     """The sinks of a training run in `directory`, which continues after optimiser step `from_step`."""
@@ -180,7 +188,8 @@ def open_tracker(
         Progress(total_steps, from_step=from_step),
     ]
     if wandb != "disabled":
-        sinks.append(WandbSink(directory, mode=wandb, project=project, name=name, tags=tags, config=config or {}))
+        about = {"project": project, "name": name, "tags": tags, "notes": notes, "config": config or {}}
+        sinks.append(WandbSink(directory, mode=wandb, **about))
     return Tracker(sinks)
 
 

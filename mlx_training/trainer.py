@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training import schedule
-from mlx_training.assemble import Assembly, assemble, open_backend
+from mlx_training.assemble import Assembly, assemble, check_fits, open_backend
 from mlx_training.backend import Optim
-from mlx_training.checkpoint import Checkpoint, CheckpointStore, claim_run_directory, write_atomic
+from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes, claim_run_directory, write_atomic
 from mlx_training.config import RunConfig, to_yaml
 from mlx_training.environment import git_state, versions
 from mlx_training.errors import CheckpointError, DivergedError, Interrupted
@@ -26,7 +26,7 @@ from mlx_training.spec import TimeSeriesSpec
 from mlx_training.tracking import Tracker, open_tracker
 
 ADVICE = (
-    "The last good checkpoint is intact. Try a lower training.learning_rate, training.grad_clip_norm: 1.0 or more "
+    "What was saved before is intact. Try a lower training.learning_rate, training.grad_clip_norm: 1.0 or more "
     "warm-up, and look for odd rows in the data"
 )
 
@@ -37,6 +37,7 @@ class Progress:
 
     best: float | None = None  # of checkpoint.best, so far
     evaluations_without_improvement: int = 0
+    evaluated: int = 0  # step of the last evaluation
     tokens: int = 0  # supervised tokens seen
     loss: float = math.nan  # of the last step that was read
     seconds: float = 0.0
@@ -52,17 +53,16 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
     started = time.monotonic()
     run = claim_run_directory(config.output_dir, resume is not None)
     store = CheckpointStore(run)
-    assembly = assemble(config, run)
     backend = open_backend(config)
+    assembly = assemble(config, run)
+    batches, total_steps = plan(assembly)
+    checkpoint = find_checkpoint(store, resume, assembly)
+
     model = backend.build(assembly.spec)
     step = backend.make_step(model, lm, optim(config), seed=config.experiment.seed)
-    batches, total_steps = plan(assembly)
-
-    checkpoint = find_checkpoint(store, resume)
     if checkpoint:
         backend.load(model, checkpoint.model)
         step.load(checkpoint.optimizer)
-        check_same_llm(assembly, checkpoint)
     else:
         arrays = backend.export(model) | initialise(assembly.spec, config.experiment.seed)
         if config.training.init_from:
@@ -82,7 +82,23 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
         closing(tracker_of(run, config, first, total_steps)) as tracker,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
     ):
-        while number < total_steps and not progress.stopped_early:
+
+        def evaluate() -> bool:
+            """Whether this is the best so far."""
+            values = evaluator.during_training()
+            tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
+            progress.evaluated = number
+            return judge(config, progress, values, number)
+
+        def save(*, best: bool) -> None:
+            state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly), "backend": backend.name}
+            store.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
+            timer.restart()
+
+        if cadence.evaluates(number) and progress.evaluated < number:  # interrupted between saving and evaluating
+            save(best=evaluate())
+        stopping = False
+        while number < total_steps and not progress.stopped_early and not stopping:
             number += 1
             rates = learning_rates(config, number, total_steps)
             micro_batches = [next(stream) for _ in range(accumulation)]
@@ -91,25 +107,19 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
             progress.tokens += num_tokens
             timer.count(num_tokens)
 
-            evaluates = cadence.evaluates(number) and not interrupted
-            saves = evaluates or cadence.saves(number) or interrupted
+            stopping = bool(interrupted)  # read once: a signal that comes later ends the next step
+            evaluates = cadence.evaluates(number) and not stopping
+            saves = evaluates or cadence.saves(number) or stopping
             if saves or cadence.logs(number):
                 progress.loss, norm = read_finite(metrics, number)
                 progress.seconds = base_seconds + time.monotonic()
                 values = {"loss": progress.loss, "grad_norm": norm, **{f"lr/{g}": rate for g, rate in rates.items()}}
                 tracker.log(number, values | timer.read() | {"memory_gb": backend.peak_memory() / 1e9})
-            improved = False
-            if evaluates:
-                values = evaluator.during_training()
-                tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
-                improved = judge(config, progress, values, number)
+            improved = evaluates and evaluate()
             if saves:
-                state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly), "backend": backend.name}
-                arrays, moments = backend.export(model), step.export()
-                store.save(number, arrays, moments, state, best=improved, keep=config.checkpoint.keep)
-                timer.restart()
-            if interrupted:
-                raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
+                save(best=improved)
+        if interrupted:
+            raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
 
     backend.load(model, store.best_or_latest().model)
     split = config.evaluation.test_split or config.evaluation.split
@@ -138,6 +148,7 @@ def tracker_of(run: Path, config: RunConfig, first: int, total_steps: int) -> Tr
         project=config.logging.project,
         name=config.experiment.name,
         tags=config.experiment.tags,
+        notes=config.experiment.notes,
         config=config.model_dump(mode="json"),
     )
 
@@ -190,8 +201,8 @@ def read_finite(metrics: dict[str, Any], step: int) -> tuple[float, float]:
     raise DivergedError(f"diverged by step {step}: loss {loss}, gradient norm {norm}. {ADVICE}")
 
 
-def find_checkpoint(store: CheckpointStore, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to continue from, if any."""
+def find_checkpoint(store: CheckpointStore, resume: str | None, assembly: Assembly) -> Checkpoint | None:
+    """The checkpoint to continue from, if any. Nothing on the disk changes unless it fits."""
     if resume is None:
         return None
     if resume != "auto":
@@ -202,18 +213,28 @@ def find_checkpoint(store: CheckpointStore, resume: str | None) -> Checkpoint | 
     if message:
         print(f"warning: {message}", file=sys.stderr)
     if checkpoint:
+        check_resumable(assembly, checkpoint)
         store.rewind(checkpoint)
     return checkpoint
 
 
-def check_same_llm(assembly: Assembly, checkpoint: Checkpoint) -> None:
-    """A soft prompt fits the very LM it was trained for."""
+def check_resumable(assembly: Assembly, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless parameters and optimiser state fit, and the frozen LM is the very same."""
+    if "progress" not in checkpoint.state:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights, but no training that could be continued; "
+            "start from it: training.init_from instead of --resume"
+        )
     now, then = llm_sha256(assembly), checkpoint.state.get("llm_sha256")
     if now != then:
         raise CheckpointError(
             f"{checkpoint.path} was trained with another frozen LM (sha256 {str(then)[:12]}, given {str(now)[:12]}); "
             "set model.llm_id to the one it was trained with"
         )
+    check_fits(assembly.spec, checkpoint)
+    moments = {f"{name}.{k}": param.shape for name, param in assembly.spec.params().items() for k in "mv"}
+    given = {name: array.shape for name, array in checkpoint.optimizer.items()}
+    check_shapes({**moments, "step": ()}, given, checkpoint.path)
 
 
 def llm_sha256(assembly: Assembly) -> str | None:

@@ -65,13 +65,14 @@ def real_size(
     shapes: Shapes = mlx_shapes(backend, model, batch) if backend_name == "mlx" else set()
     steps = []
     for number in range(1, num_steps + 1):
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         if number == 1 and backend_name == "torch":
             metrics = take_step_recorded(step, batch, shapes)
         else:
             metrics = step([batch], step=number, lr=LEARNING_RATES)
         numbers = {name: float(value) for name, value in metrics.items()}  # waits for the device
-        steps.append({"seconds": round(time.perf_counter() - started, 2)} | numbers)
+        seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
+        steps.append({name: round(value, 2) for name, value in seconds.items()} | numbers)
     memory["peak"] = backend.peak_memory()
 
     B, L = batch.tokens.shape
@@ -172,7 +173,8 @@ def describe(report: dict[str, Any]) -> str:
         "trainable parameters: " + ", ".join(f"{group} {size:,}" for group, size in trainable.items()),
         f"loading: {report['load_seconds']:.1f} s",
         *(
-            f"step {number}: {step['seconds']:.1f} s, loss {step['loss']:.4f}, gradient norm {step['grad_norm']:.4f}"
+            f"step {number}: {step['seconds']:.1f} s ({step['cpu_seconds']:.1f} s of CPU), loss {step['loss']:.4f}, "
+            f"gradient norm {step['grad_norm']:.4f}"
             for number, step in enumerate(report["steps"], start=1)
         ),
         f"peak memory: {memory['peak']:.2f} GB, of it {memory['imported']:.2f} before the model was loaded "

@@ -65,7 +65,8 @@ class Step:
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         sums = self.objective(self.model, batch)
-        sums["loss"].backward()
+        if sums["loss"].requires_grad:  # not so for rows without series in front of a frozen LM
+            sums["loss"].backward()
         return sums["loss"].detach(), sums["weight"]
 
     def export(self) -> Arrays:

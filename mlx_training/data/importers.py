@@ -6,6 +6,8 @@ The keyword arguments of an importer are what `dataset.options` may hold for its
 import difflib
 import inspect
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from mlx_training.data import opentslm_rows
-from mlx_training.data.files import describe, parse_list, read_csv, read_text, require_file
+from mlx_training.data.files import (
+    describe,
+    parse_list,
+    read_csv,
+    read_json_lines,
+    read_parquet,
+    read_text,
+    require_file,
+)
 from mlx_training.data.rows import Row, nonempty, numbers_from, read_rows
 from mlx_training.data.series import check_series
 from mlx_training.data.ts_file import read_ts
@@ -47,12 +57,12 @@ def load_rows(path: Path | str, format: str = "auto", **options: Any) -> list[Ro
 
 def jsonl(path: Path) -> list[Row]:
     """Canonical rows, one JSON object per line (see rows.py)."""
-    return read_rows(path)
+    return read_rows(path, read_json_lines)
 
 
 def parquet(path: Path) -> list[Row]:
     """Canonical rows with the fields of rows.py as columns."""
-    return read_rows(path)
+    return read_rows(path, read_parquet)
 
 
 def timeseriesexam(path: Path) -> list[Row]:
@@ -146,7 +156,7 @@ def _npz_arrays(
     try:
         with np.load(require_file(path), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a readable npz archive of plain arrays ({error})") from error
     for name in (x, y):
         if name not in arrays:

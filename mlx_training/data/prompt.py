@@ -19,6 +19,7 @@ Layout = Literal["standard", "opentslm"]
 Normalize = Literal["zscore", "none"]
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+MAX_ADDED = 128  # bytes added to a text: BOS, a space, ", it has mean ... and std ..." of the largest float32
 STATS_TEXT = re.compile(rf"(?:,? |^)it has mean {_NUMBER} and std {_NUMBER}")
 
 
@@ -77,14 +78,24 @@ class PromptEncoder:
         self.max_patches = max_patches
         self._ids = lru_cache(maxsize=8192)(tokenizer.encode)  # prompts and answers repeat; callers never mutate
 
+    def check(self, row: Row) -> None:
+        """Raise what `encode` would. Tokenises only rows that could be too long: a token is at least one byte."""
+        self._check_answer(row)
+        for index in range(len(row.series)):
+            self._check_series(row, index)
+        texts = (row.pre_prompt, *row.series_text, row.post_prompt)
+        most = sum(len(text.encode()) + MAX_ADDED for text in texts) + sum(self._num_patches(row))
+        if self.max_length is not None and most > self.max_length:
+            self.encode(row)
+
     def encode(self, row: Row, *, with_answer: bool = True, ablate: bool = False) -> Encoded:
         """Encode one row; without its answer for generation.
 
         `ablate` removes what the series say and keeps the sequence's shape: samples and scale features
         become zero and the statistics leave the text.
         """
-        if with_answer and not row.answer.strip():
-            raise DataError(f"{row.name}: no answer; training and scoring need one (generation does not)")
+        if with_answer:
+            self._check_answer(row)
         stats = [self._stats(row, index) for index in range(len(row.series))]
         num_patches = self._num_patches(row)
         if self.layout == "standard":
@@ -166,7 +177,15 @@ class PromptEncoder:
         stated = "" if ablate else f", it has mean {stats.mean:.4f} and std {stats.std:.4f}"
         return (body.removesuffix(end) + stated).removeprefix(", ") + end
 
+    def _check_answer(self, row: Row) -> None:
+        if not row.answer.strip():
+            raise DataError(f"{row.name}: no answer; training and scoring need one (generation does not)")
+
     def _stats(self, row: Row, index: int) -> SeriesStats:
+        self._check_series(row, index)
+        return series_stats(row.series[index])
+
+    def _check_series(self, row: Row, index: int) -> None:
         values = row.series[index]
         check_series(values, f"{row.name}, series {index}")
         limit = self.max_patches * self.patch_size
@@ -176,7 +195,6 @@ class PromptEncoder:
                 f"(max_patches {self.max_patches} x patch_size {self.patch_size}); shorten or downsample the series, "
                 "or raise model.encoder.max_patches"
             )
-        return series_stats(values)
 
     def _num_patches(self, row: Row) -> tuple[int, ...]:
         counts = tuple(-(-values.size // self.patch_size) for values in row.series)

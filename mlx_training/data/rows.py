@@ -7,7 +7,7 @@ use the same names and types.
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Row:
         """How an error message calls this row."""
         return f"row {self.id!r}" if self.id else f"row without id (it begins {self.pre_prompt[:40]!r})"
 
+
+Reader = Callable[[Path], Iterable[tuple[str, dict[str, Any]]]]  # a file's ("file:line", object) pairs
 
 REQUIRED = ("pre_prompt", "series", "series_text", "post_prompt")
 FIELDS = (*REQUIRED, "answer", "options", "id", "group", "type")
@@ -98,10 +100,13 @@ def numbers_from(value: Any, where: str, field: str) -> np.ndarray:
     raise DataError(f"{where}: field {field!r} must be a list of numbers; got {describe(value)}")
 
 
-def read_rows(path: Path | str) -> list[Row]:
-    """All rows of a `.jsonl` or `.parquet` file. A row without an id is called by its file and line."""
+def read_rows(path: Path | str, read: Reader | None = None) -> list[Row]:
+    """All rows of a JSON lines or parquet file, by its suffix unless `read` is given.
+
+    A row without an id is called by its file and line.
+    """
     path = Path(path)
-    read = read_parquet if path.suffix == ".parquet" else read_json_lines
+    read = read or (read_parquet if path.suffix == ".parquet" else read_json_lines)
     return nonempty([row_from_dict(data, where) for where, data in read(path)], path)
 
 

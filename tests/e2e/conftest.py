@@ -10,7 +10,6 @@ import pytest
 
 from mlx_training import cli
 from mlx_training.data.rows import write_rows
-from mlx_training.yaml_loader import dump_yaml
 from tests.e2e.tiny import decoder_config, rows, save_tiny_llama, timeseries_config
 
 
@@ -21,6 +20,7 @@ class Workbench:
     folder: Path
     llm: Path
     capsys: pytest.CaptureFixture[str]
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         write_rows(self.data, rows(32))
@@ -38,9 +38,9 @@ class Workbench:
     def config(self) -> Path:
         return self.folder / "config.yaml"
 
-    def write(self, config: dict[str, Any]) -> None:
-        """Another configuration."""
-        self.config.write_text(dump_yaml(config))
+    def write(self, config: str) -> None:
+        """Another configuration, with this bench's backend."""
+        self.config.write_text(f"{config}backend: {self.backend}\n")
 
     def use_decoder(self) -> None:
         """Make `config.yaml` one of a decoder."""

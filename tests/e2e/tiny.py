@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,7 +23,7 @@ def save_tiny_llama(directory: Path, vocab_size: int = VOCABULARY, tokenizer_siz
     texts = [f"{row.pre_prompt} {row.series_text[0]} {row.post_prompt} " for row in QuestionDataset(0, "train", 120)]
     tokenizer = train_bpe(texts, tokenizer_size, source)
     assert tokenizer.vocab_size == tokenizer_size
-    spec = DecoderSpec(vocab_size, context_length=512, init_std=0.1, **SHAPE)
+    spec = DecoderSpec(vocab_size, context_length=2048, init_std=0.1, **SHAPE)
     save_file(initialise(spec, 0), source / "model.safetensors", {"format": "pt"})
     config = spec.hf_config(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     (source / "config.json").write_text(json.dumps(config))
@@ -45,52 +44,40 @@ def rows(count: int, *, start: int = 0, length: int = 14) -> list[Row]:
     return made
 
 
-def timeseries_config(llm: Path, data: Path, run: Path) -> dict[str, Any]:
+def timeseries_config(llm: Path, data: Path, run: Path) -> str:
     """A time-series LM on a file of rows: 4 steps, evaluated and saved every second."""
-    return {
-        "experiment": {"name": "tiny", "seed": 7},
-        "output_dir": str(run),
-        "device": "cpu",
-        "model": {
-            "family": "timeseries",
-            "llm_id": str(llm),
-            "encoder": {
-                **{"patch_size": 4, "hidden_size": 8, "num_layers": 1, "num_heads": 2},
-                **{"ffn_size": 8, "max_patches": 8},
-            },
-        },
-        "dataset": {
-            "path": str(data),
-            "format": "jsonl",
-            "splits": {"fraction": {"validation": 0.25, "test": 0.25}},
-        },
-        "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.25},
-        "evaluation": {"every_steps": 2, "max_new_tokens": 3},
-        "checkpoint": {"every_steps": 2},
-        "logging": {"every_steps": 1},
-    }
+    return f"""\
+experiment: {{name: tiny, seed: 7}}
+output_dir: {run}
+device: cpu
+model:
+  family: timeseries
+  llm_id: {llm}
+  encoder: {{patch_size: 4, hidden_size: 8, num_layers: 1, num_heads: 2, ffn_size: 8, max_patches: 8}}
+dataset:
+  path: {data}
+  format: jsonl
+  splits: {{fraction: {{validation: 0.25, test: 0.25}}}}
+training: {{max_steps: 4, batch_size: 4, learning_rate: 1e-2, warmup_fraction: 0.25}}
+evaluation: {{every_steps: 2, max_new_tokens: 3}}
+checkpoint: {{every_steps: 2}}
+logging: {{every_steps: 1}}
+"""
 
 
-def decoder_config(run: Path) -> dict[str, Any]:
-    """A decoder from scratch on the generated corpus."""
-    return {
-        "experiment": {"name": "tiny", "seed": 7},
-        "output_dir": str(run),
-        "device": "cpu",
-        "model": {
-            "family": "decoder",
-            "decoder": {
-                **{"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2},
-                **{"context_length": 16},
-            },
-            "tokenizer": {"train": 300},
-        },
-        "dataset": {
-            "format": "corpus",
-            **{f"num_samples_{split}": count for split, count in (("train", 40), ("validation", 4), ("test", 4))},
-        },
-        "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup_fraction": 0.25},
-        "evaluation": {"every_steps": 2},
-        "checkpoint": {"every_steps": 2},
-        "logging": {"every_steps": 1},
-    }
+def decoder_config(run: Path) -> str:
+    """A decoder from scratch on the generated corpus: 4 steps, evaluated and saved every second."""
+    return f"""\
+experiment: {{name: tiny, seed: 7}}
+output_dir: {run}
+device: cpu
+model:
+  family: decoder
+  decoder: {{hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2, context_length: 16}}
+  tokenizer: {{train: 300}}
+dataset: {{format: corpus, num_samples_train: 40, num_samples_validation: 4, num_samples_test: 4}}
+training: {{max_steps: 4, batch_size: 4, learning_rate: 1e-2, warmup_fraction: 0.25}}
+evaluation: {{every_steps: 2}}
+checkpoint: {{every_steps: 2}}
+logging: {{every_steps: 1}}
+"""

@@ -115,9 +115,9 @@ def test_wandb_gets_config_mode_and_steps(tmp_path: Path, monkeypatch: pytest.Mo
     run = SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finish"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
     tracker = open_tracker(
-        tmp_path, total_steps=2, wandb="offline", project="p", name="n", tags=("t",), config={"a": 1}
+        tmp_path, total_steps=2, wandb="offline", project="p", name="n", tags=("t",), notes="why", config={"a": 1}
     )
     tracker.log(1, {"loss": np.float32(2)})
     tracker.close()
     options = {"dir": str(tmp_path), "mode": "offline", "project": "p", "name": "n", "config": {"a": 1}, "tags": ["t"]}
-    assert calls == [options, ({"loss": 2.0}, 1), "finish"]
+    assert calls == [options | {"notes": "why"}, ({"loss": 2.0}, 1), "finish"]

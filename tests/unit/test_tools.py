@@ -1,0 +1,185 @@
+"""Tools: the random Llama, a step at real size with its proof, and the report on real sensors."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_training import backend as backends_module
+from mlx_training.backend import Runtime
+from mlx_training.config import RunConfig
+from mlx_training.errors import ConfigError
+from mlx_training.llm_source import describe_llm
+from mlx_training.spec import DecoderSpec, FrozenLM, RopeScaling, TimeSeriesSpec
+from tools import har_report, real_size
+from tools.make_llama import LLAMA_3_2_1B, make_llama
+
+TINY = LLAMA_3_2_1B | {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+ACTIVITIES = ["WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"]
+SMALL = ["model.encoder.hidden_size=16", "model.encoder.ffn_size=32", "backend=torch", "training.batch_size=12"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer Llama of the preset's kind."""
+    directory = tmp_path_factory.mktemp("llama") / "tiny"
+    make_llama(TINY, directory, group_size=32)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Windows whose class is the level of one channel, for the subjects that har.yaml names."""
+    rng = np.random.default_rng(0)
+    subject = np.repeat([1, 2, 3, 4, 21, 22, 23, *range(25, 31)], 12)
+    y = np.tile(np.arange(6), subject.size // 6)
+    X = rng.normal(size=(subject.size, 32, 3))
+    X[np.arange(y.size), :, y // 2] += np.where(y % 2, 5, -5)[:, None]
+    path = tmp_path_factory.mktemp("har") / "windows.npz"
+    np.savez(path, X=X.astype(np.float32), y=y, subject=subject, labels=np.array(ACTIVITIES))
+    return path
+
+
+def test_preset_is_llama_3_2_1b() -> None:
+    shape = dict(LLAMA_3_2_1B)
+    scaling = shape["rope_scaling"]
+    spec = DecoderSpec(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_heads=shape["num_attention_heads"],
+        num_kv_heads=shape["num_key_value_heads"],
+        head_dim=shape["head_dim"],
+        context_length=shape["max_position_embeddings"],
+        rope_theta=shape["rope_theta"],
+        rope_scaling=RopeScaling(
+            scaling["factor"],
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+            scaling["original_max_position_embeddings"],
+        ),
+        rms_norm_eps=shape["rms_norm_eps"],
+        tie_word_embeddings=True,
+    )
+    assert spec.num_parameters == 1_235_814_400  # what the model card calls 1.23B
+    assert (spec.rope_theta, spec.rope_scaling) == (500000.0, RopeScaling(32.0, 1.0, 4.0, 8192))
+
+
+def test_random_llama_is_the_same_model_on_both_backends(llama: Path, both_backends: list[str]) -> None:
+    info = describe_llm(llama)
+    assert (info.num_layers, info.tie, info.quantization) == (2, True, {"group_size": 32, "bits": 4})
+    spec = TimeSeriesSpec(FrozenLM(llama, info.hidden_size, info.vocab_size))
+    hashes = set()
+    for name in both_backends:
+        backend = backends_module.get(name, Runtime(device="cpu"))
+        hashes.add(backend.frozen_hash(backend.build(spec)))
+    assert len(hashes) == 1
+
+
+def test_make_llama_refuses_what_does_not_fit(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(ConfigError, match="group size 48"):
+        make_llama(TINY, tmp_path / "new", group_size=48)
+    with pytest.raises(ConfigError, match=r"\[64, 128\].*group size 128"):
+        make_llama(TINY, tmp_path / "new", group_size=128)
+    with pytest.raises(ConfigError, match="holds a model already"):
+        make_llama(TINY, llama, group_size=32)
+
+
+def test_a_step_at_real_size_builds_logits_at_labels_only(llama: Path, backend_name: str) -> None:
+    report = real_size.real_size(llama, backend_name, num_samples=32, num_text_tokens=8, runtime=Runtime(device="cpu"))
+    batch, first, second = report["batch"], *report["steps"]
+    assert report["proven"] and math.prod(report["largest_logits"]) == 4 * batch["labels"] * 2048
+    assert report["trainable"] == {"encoder": 2_110_976, "projector": 256 + 128 * 64 + 64}
+    assert first["loss"] == pytest.approx(math.log(2048), abs=0.5) and second["loss"] < first["loss"]
+    assert 0 < report["memory_gb"]["imported"] <= report["memory_gb"]["loaded"] <= report["memory_gb"]["peak"]
+    assert "proven" in real_size.describe(json.loads(json.dumps(report)))
+
+
+def test_full_sequence_logits_are_noticed(llama: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wasteful(model: Any, batch: Any) -> Any:
+        return {"loss": model.logits(batch).logsumexp(-1).sum(), "weight": batch.mask.sum()}
+
+    monkeypatch.setattr(real_size, "lm", wasteful)
+    report = real_size.real_size(llama, backend_name, num_samples=32, num_steps=1, runtime=Runtime(device="cpu"))
+    assert not report["proven"]
+    assert math.prod(report["largest_logits"]) == math.prod(report["full_sequence_logits"])
+
+
+def har_config(windows: Path, llama: Path, run: Path, steps: int) -> RunConfig:
+    budget = ["training.num_epochs=null", f"training.max_steps={steps}", "evaluation.every_steps=20"]
+    return har_report.configure(windows, run, 1, [f"model.llm_id={llama}", *budget, *SMALL])
+
+
+def test_control_learns_from_its_own_rows(windows: Path, llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    result = har_report.train_control(har_config(windows, llama, tmp_path, 80), tmp_path)
+    assert result["eval"]["rows"] == 72 and result["eval"]["chance"] == pytest.approx(1 / 6)
+    assert result["eval"]["accuracy"] >= 0.9
+    lines = (tmp_path / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
+    right = [line["answer"] == line["prediction"] for line in map(json.loads, lines)]
+    assert sum(right) / len(right) == result["eval"]["accuracy"]
+
+
+def test_control_pools_real_patches_of_each_channel(windows: Path, llama: Path, tmp_path: Path) -> None:
+    """What a shorter row gives is the same beside a longer one, and channels are told apart."""
+    torch = pytest.importorskip("torch")
+    from mlx_training.assemble import assemble, open_backend
+    from mlx_training.data.batch import Batch
+    from mlx_training.init import initialise
+
+    config = har_config(windows, llama, tmp_path, 1)
+    spec = har_report.ControlSpec(assemble(config).spec.encoder, 3, 6)  # type: ignore[attr-defined]
+    backend: Any = open_backend(config, "torch")
+    model = har_report.build_control(spec)
+    backend.load(model, initialise(spec, 0))
+
+    def logits(series: np.ndarray, num_patches: list[int]) -> np.ndarray:
+        rows = len(series) // 3
+        none = np.zeros((rows, 1), np.int32)
+        scale, patches = np.zeros((len(series), 2), np.float32), np.array(num_patches, np.int32)
+        batch = Batch(none, none, none, none[:, 0], None, series, scale, patches, rows=tuple(range(rows)))
+        with torch.no_grad():
+            return model(backend.to_device(batch)).numpy()
+
+    short, long = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
+    short[:, 8:] = 0
+    together = logits(np.concatenate([short, long]), [2, 2, 2, 4, 4, 4])
+    np.testing.assert_allclose(together[0], logits(short[:, :8], [2, 2, 2])[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(logits(long[::-1].copy(), [4, 4, 4])[0] - together[1]).max() > 1e-3
+
+
+def test_report_runs_every_variant_once(
+    windows: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    overrides = [f"model.llm_id={llama}", "training.num_epochs=null", "training.max_steps=2", *SMALL]
+    overrides.append("evaluation.max_new_tokens=2")
+    results = har_report.run_all(windows, tmp_path, [1, 2], overrides)
+    assert {name: list(runs) for name, runs in results.items()} == {name: [1, 2] for name in har_report.VARIANTS}
+    assert all(r["steps"] == 2 and r["eval"]["rows"] == 72 for runs in results.values() for r in runs.values())
+
+    har_report.write_report(tmp_path, results)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert np.sum(report["confusion"]["counts"]) == 2 * 72
+    assert set(report["accuracy"]) == {*har_report.VARIANTS, "series_removed", "chance"}
+    table = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"| {report['accuracy']['control']['mean']:.3f} |" in table and "At least 0.86: no" in table
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
+
+    monkeypatch.setattr(har_report, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(har_report, "train_control", lambda *_: pytest.fail("trained again"))
+    assert har_report.run_all(windows, tmp_path, [1, 2], overrides)["control"][2] == results["control"][2]
+    with pytest.raises(ConfigError, match="main_seed1 holds a run of another configuration"):
+        har_report.run_all(windows, tmp_path, [1], [*overrides, "training.batch_size=8"])
