@@ -22,7 +22,7 @@ from mlx_training.data.prompt import Encoded, PromptEncoder
 from mlx_training.data.questions import QuestionDataset
 from mlx_training.data.rows import Row
 from mlx_training.data.splits import SplitSpec, load_splits
-from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_tokens
+from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_documents
 from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
 from mlx_training.environment import resolve_backend
 from mlx_training.errors import CheckpointError, DataError
@@ -71,7 +71,7 @@ class RowData:
         """Every row of a split once (at most `limit`)."""
         return eval_batches(self.rows(split)[:limit], self.encode, batch_size, collate)
 
-    def read(self, path: Path) -> Sequence[Row]:
+    def read(self, path: Path, *, with_answers: bool = True) -> Sequence[Row]:
         """Every row of another file, in this run's format if that can be, else by the file's suffix; checked."""
         data, by_suffix = self.config.dataset, SUFFIXES.get(path.suffix)
         own = SUFFIXES.get(Path(data.path or "").suffix) if data.format == "auto" else data.format
@@ -80,12 +80,12 @@ class RowData:
             rows = load_rows(path, own or "auto", **data.options.model_dump(exclude_none=True))
         else:
             rows = load_rows(path)
-        self._check(rows)
+        self._check(rows, with_answers)
         return rows
 
-    def _check(self, rows: Sequence[Row]) -> None:
+    def _check(self, rows: Sequence[Row], with_answers: bool = True) -> None:
         for row in rows:
-            self.encoder.check(row)
+            self.encoder.check(row, with_answer=with_answers)
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,20 @@ def load_run(run: Path, backend: str | None = None) -> LoadedRun:
 
 
 def check_fits(spec: Spec, checkpoint: Checkpoint) -> None:
-    """CheckpointError, naming the checkpoint, unless it holds the parameters of the table exactly."""
+    """CheckpointError, naming the checkpoint, unless it holds the table's parameters for this very frozen LM."""
+    now, then = llm_sha256(spec), checkpoint.state.get("llm_sha256")
+    if then is not None and now != then:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with another frozen LM (sha256 {then[:12]}, given {str(now)[:12]}); "
+            "set model.llm_id to the one it was trained with"
+        )
     given = {name: array.shape for name, array in checkpoint.model.items()}
     check_shapes({name: param.shape for name, param in spec.params().items()}, given, checkpoint.path)
+
+
+def llm_sha256(spec: Spec) -> str | None:
+    """Fingerprint of the frozen LM, if there is one."""
+    return spec.llm.sha256 if isinstance(spec, TimeSeriesSpec) else None
 
 
 def open_backend(config: RunConfig, name: str | None = None) -> Backend:
@@ -245,12 +256,11 @@ def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> Tex
         documents = {n: list(corpus_documents(seed, n, limits[n])) for n in SPLITS}
     else:
         assert data.path is not None, "the configuration checks this"
-        documents = {"train": read_documents(data.path, **data.options.model_dump(exclude_none=True))}
+        assert data.splits is not None and data.splits.fraction is not None, "the configuration checks this"
+        texts = read_documents(data.path, **data.options.model_dump(exclude_none=True))
+        documents = split_documents(texts, data.splits.fraction.model_dump(exclude_none=True))
     tokenizer = _text_tokenizer(model, documents["train"], run)
     streams = {name: encode_documents(texts, tokenizer) for name, texts in documents.items()}
-    if data.format != "corpus":
-        assert data.splits is not None and data.splits.fraction is not None, "the configuration checks this"
-        streams = split_tokens(streams["train"], data.splits.fraction.model_dump(exclude_none=True))
     context = model.decoder.context_length
     return TextData({name: TextWindows(stream, context) for name, stream in streams.items()}, tokenizer, config)
 

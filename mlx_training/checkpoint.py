@@ -141,13 +141,24 @@ class CheckpointStore:
         return None, ""
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Make `checkpoint` the latest: what the run had saved after it is dropped by the next save."""
+        """Make `checkpoint` the latest: what the run had saved after it is dropped by the next save.
+
+        A best one that came after it is forgotten at once.
+        """
         if checkpoint.path.resolve().parent == self.directory.resolve():
             write_atomic(self.directory / "latest", checkpoint.path.name + "\n")
+            best = self._pointed("best")
+            if best is None or best.name > checkpoint.path.name:
+                (self.directory / "best").unlink(missing_ok=True)
+
+    @property
+    def has_best(self) -> bool:
+        """Whether a checkpoint is marked as the best."""
+        return (self.directory / "best").exists()
 
     def best_or_latest(self) -> Checkpoint:
         """The best checkpoint, or the latest of a run that was never evaluated."""
-        return self.load("best" if (self.directory / "best").exists() else "latest")
+        return self.load("best" if self.has_best else "latest")
 
     def paths(self) -> list[Path]:
         """Every committed checkpoint directory, oldest first."""

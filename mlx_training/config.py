@@ -99,6 +99,9 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> Document:
     if not isinstance(base, str):
         raise ConfigError(f"{source}: extends: given {base!r}; allowed: the name of one configuration, as text")
     parent = _read_layers(find_config(base, beside=path.parent, source=source), (*chain, here))
+    parent.data.pop("output_dir", None)  # a run's name and place are its own
+    if isinstance(experiment := parent.data.get("experiment"), dict):
+        experiment.pop("name", None)
     return _lay_over(parent, document)
 
 

@@ -97,6 +97,8 @@ def fill_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
         default(section("encoder", model), "numeric_scale", False)
     if model.get("family") == "decoder":
         default(section("evaluation"), "metrics", ["loss"])
+        if dataset.get("format", "auto") == "auto":
+            dataset["format"] = "text"
     if dataset.get("format") in [*GENERATED]:  # a list compares: what was given may not be hashable
         for split, num_samples in NUM_GENERATED.items():
             default(dataset, f"num_samples_{split}", num_samples)
@@ -142,7 +144,8 @@ def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]
 
 def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     data, family = config.dataset, config.model.family
-    for reader, key in {"model.family": family, "dataset.format": data.format}.items():
+    readers: dict[str, str] = {"model.family": family, "dataset.format": data.format}
+    for reader, key in readers.items():
         for unread in UNREAD.get(key, ()):
             *sections, name = unread.split(".")
             section = reduce(getattr, sections, config)

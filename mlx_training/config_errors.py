@@ -145,7 +145,7 @@ def _words(node: Schema, schema: Schema) -> str:
     kind = node.get("type")
     if kind in ("integer", "number"):
         bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        limits = [f"{sign} {node[name]:g}" for name, sign in bounds.items() if name in node]
+        limits = [f"{sign} {node[name]:,}" for name, sign in bounds.items() if name in node]
         return " ".join(["a whole number" if kind == "integer" else "a number", " and ".join(limits)]).strip()
     if kind == "array":
         items = node.get("prefixItems") or [node.get("items", {})]

@@ -69,7 +69,7 @@ class TimeSeriesConfig(Section):
     llm_revision: str | None = None
     """Commit, tag or branch of a hub id."""
     llm_weights: Literal["auto", "dequantized", "resident"] = "auto"
-    """Quantised weights: expanded once, or kept packed; auto chooses for the device."""
+    """Quantised weights: expanded once (auto: the faster way to train), or kept packed (less memory)."""
     train_lm_head: bool = False
     """Train a copy of the LM's output head as well (learning-rate group lm_head)."""
     encoder: EncoderConfig = EncoderConfig()
@@ -85,9 +85,13 @@ class RopeScalingConfig(Section):
     """Llama 3's frequency scaling."""
 
     factor: Positive = 8.0
+    """Long wavelengths become this much longer."""
     low_freq_factor: Positive = 1.0
+    """Wavelengths above original_context_length / this are long."""
     high_freq_factor: Positive = 4.0
+    """Wavelengths below original_context_length / this are kept."""
     original_context_length: Count = 8192
+    """Tokens the model was pretrained on before its context was extended."""
 
 
 class DecoderShape(Section):

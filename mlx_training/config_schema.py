@@ -159,6 +159,7 @@ class Training(Section):
     grad_accumulation_steps: Count = 1
     """Micro-batches per optimiser step."""
     optimizer: Literal["adamw"] = "adamw"
+    """AdamW with bias correction; its state is float32."""
     betas: Annotated[tuple[Beta, Beta], as_tuple] = (0.9, 0.999)
     """Decay of AdamW's two moments."""
     eps: Positive = 1e-8
@@ -179,7 +180,7 @@ class Training(Section):
     grad_clip_norm: Positive | None = 1.0
     """Global gradient norm is clipped to this; null: not clipped."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Activations of the frozen LM; losses, norms and optimiser state are always float32."""
+    """Activations of the language model; trained weights, losses, norms and optimiser state are always float32."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations in a row without a better checkpoint.best; null: never."""
     early_stopping_min_delta: Rate = 0.0
@@ -234,6 +235,7 @@ class RunConfig(Section):
     backend: Literal["auto", "mlx", "torch"] = "auto"
     """auto: MLX on Apple silicon, else torch on CUDA, else torch, else MLX, of those installed."""
     device: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """auto: the accelerator if there is one. gpu: Metal on MLX, CUDA or MPS on torch."""
     model: ModelConfig
     dataset: Dataset = Dataset()
     training: Training = Training()

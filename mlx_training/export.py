@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.numpy import save_file
 
@@ -26,10 +27,10 @@ def export_huggingface(run: Path, target: Path) -> None:
     shapes = {name: array.shape for name, array in checkpoint.model.items()}
     check_shapes({name: p.shape for name, p in spec.params().items()}, shapes, str(checkpoint.path))
     target.mkdir(parents=True, exist_ok=True)
-    source = run / "tokenizer" if (run / "tokenizer").is_dir() else Path(str(config.model.tokenizer))
+    source = run / "tokenizer" if (run / "tokenizer").is_dir() else Path(str(getattr(config.model, "tokenizer", "")))
     for file in sorted(source.glob("*token*")):  # tokenizer.json, tokenizer_config.json, tokenizer.model, ...
         (target / file.name).write_bytes(file.read_bytes())
     save_file(checkpoint.model, target / "model.safetensors", metadata={"format": "pt"})
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     (target / "config.json").write_text(json.dumps(spec.hf_config(**special), indent=1) + "\n")
     (target / "generation_config.json").write_text(json.dumps(special, indent=1) + "\n")

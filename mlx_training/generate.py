@@ -11,7 +11,7 @@ from mlx_training.backend import Backend
 from mlx_training.data.batching import eval_batches
 from mlx_training.data.collate import collate_prompts
 from mlx_training.data.prompt import Encoded
-from mlx_training.data.rows import Row, read_rows
+from mlx_training.data.rows import Row
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import DataError
 
@@ -51,7 +51,7 @@ def generate_rows(run: Path, rows: Path, backend: str | None = None) -> dict[str
     loaded = load_run(run, backend)
     if not isinstance(loaded.data, RowData):
         raise DataError(f"--rows {rows}: {run} trained a decoder on text; --rows takes rows about time series")
-    given = read_rows(rows)
+    given = loaded.data.read(rows, with_answers=False)
     predictions = greedy(
         loaded.backend,
         loaded.model,

@@ -188,7 +188,7 @@ def open_tracker(
         Progress(total_steps, from_step=from_step),
     ]
     if wandb != "disabled":
-        about = {"project": project, "name": name, "tags": tags, "notes": notes, "config": config or {}}
+        about: dict[str, Any] = {"project": project, "name": name, "tags": tags, "notes": notes, "config": config or {}}
         sinks.append(WandbSink(directory, mode=wandb, **about))
     return Tracker(sinks)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training import schedule
-from mlx_training.assemble import Assembly, assemble, check_fits, open_backend
+from mlx_training.assemble import Assembly, assemble, check_fits, llm_sha256, open_backend
 from mlx_training.backend import Optim
 from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes, claim_run_directory, write_atomic
 from mlx_training.config import RunConfig, to_yaml
@@ -22,7 +22,6 @@ from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
-from mlx_training.spec import TimeSeriesSpec
 from mlx_training.tracking import Tracker, open_tracker
 
 ADVICE = (
@@ -69,6 +68,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
             arrays = load_initial(config.training.init_from, {n: a.shape for n, a in arrays.items()}, run)
         backend.load(model, arrays)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    if not store.has_best:  # resumed before the best one, or in another directory
+        progress.best = None
     first = checkpoint.step if checkpoint else 0
     describe_run(run, assembly, backend.name)
 
@@ -91,7 +92,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
-            state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly), "backend": backend.name}
+            state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly.spec), "backend": backend.name}
             store.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
@@ -225,28 +226,17 @@ def check_resumable(assembly: Assembly, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds weights, but no training that could be continued; "
             "start from it: training.init_from instead of --resume"
         )
-    now, then = llm_sha256(assembly), checkpoint.state.get("llm_sha256")
-    if now != then:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained with another frozen LM (sha256 {str(then)[:12]}, given {str(now)[:12]}); "
-            "set model.llm_id to the one it was trained with"
-        )
     check_fits(assembly.spec, checkpoint)
     moments = {f"{name}.{k}": param.shape for name, param in assembly.spec.params().items() for k in "mv"}
     given = {name: array.shape for name, array in checkpoint.optimizer.items()}
     check_shapes({**moments, "step": ()}, given, checkpoint.path)
 
 
-def llm_sha256(assembly: Assembly) -> str | None:
-    """Fingerprint of the frozen LM, if there is one."""
-    return assembly.spec.llm.sha256 if isinstance(assembly.spec, TimeSeriesSpec) else None
-
-
 def describe_run(run: Path, assembly: Assembly, backend: str) -> None:
     """Write the resolved configuration, versions and git state beside the results."""
     config = assembly.config
     write_atomic(run / "config.yaml", to_yaml(config))
-    environment = {"backend": backend, "seed": config.experiment.seed, "llm_sha256": llm_sha256(assembly)}
+    environment = {"backend": backend, "seed": config.experiment.seed, "llm_sha256": llm_sha256(assembly.spec)}
     environment |= {"versions": versions(), "git": git_state()}
     write_atomic(run / "env.json", json.dumps(environment, indent=1) + "\n")
 

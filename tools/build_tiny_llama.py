@@ -103,7 +103,8 @@ class Trigram:
         return -sum(math.log(self._probability(window)) for window in windows) / len(windows)
 
     def _level(self, counts: Counter) -> tuple[Counter, Counter, Counter]:
-        totals, kinds = Counter(), Counter()
+        totals: Counter = Counter()
+        kinds: Counter = Counter()
         for gram, count in counts.items():
             totals[gram[:-1]] += count
             kinds[gram[:-1]] += 1

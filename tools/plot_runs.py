@@ -5,6 +5,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mlx_training.tracking import read_metrics
 
@@ -22,7 +23,7 @@ def main() -> None:
     axes = figure.subplots()
     for index, run in enumerate(args.runs):
         records = [record for record in read_metrics(run / "metrics.jsonl") if args.metric in record]
-        style = {
+        style: dict[str, Any] = {
             "linewidth": 3.5 if index == 0 else 1.2,
             "alpha": 0.5 if index == 0 else 1.0,
         }  # the first is underneath

@@ -78,15 +78,16 @@ class PromptEncoder:
         self.max_patches = max_patches
         self._ids = lru_cache(maxsize=8192)(tokenizer.encode)  # prompts and answers repeat; callers never mutate
 
-    def check(self, row: Row) -> None:
+    def check(self, row: Row, *, with_answer: bool = True) -> None:
         """Raise what `encode` would. Tokenises only rows that could be too long: a token is at least one byte."""
-        self._check_answer(row)
+        if with_answer:
+            self._check_answer(row)
         for index in range(len(row.series)):
             self._check_series(row, index)
         texts = (row.pre_prompt, *row.series_text, row.post_prompt)
         most = sum(len(text.encode()) + MAX_ADDED for text in texts) + sum(self._num_patches(row))
         if self.max_length is not None and most > self.max_length:
-            self.encode(row)
+            self.encode(row, with_answer=with_answer)
 
     def encode(self, row: Row, *, with_answer: bool = True, ablate: bool = False) -> Encoded:
         """Encode one row; without its answer for generation.

@@ -42,18 +42,28 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarr
     return np.array(stream, np.int32)
 
 
-def split_tokens(tokens: np.ndarray, fraction: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Contiguous parts of a stream: "train" first, then each split of `fraction` in its order, no token twice."""
-    sizes = {name: round(share * tokens.size) for name, share in fraction.items()}
-    sizes = {"train": tokens.size - sum(sizes.values()), **sizes}
+def split_documents(documents: Sequence[str], fraction: Mapping[str, float]) -> dict[str, list[str]]:
+    """Contiguous parts of a text by characters: "train" first, then each split of `fraction`, no character twice.
+
+    Cut before anything is learnt from the text, a tokenizer included. A document on a border is cut in two.
+    """
+    total = sum(map(len, documents))
+    sizes = {name: round(share * total) for name, share in fraction.items()}
+    sizes = {"train": total - sum(sizes.values()), **sizes}
+    parts: dict[str, list[str]] = {name: [] for name in sizes}
+    rest = iter(documents)
+    document = ""
     for name, size in sizes.items():
         if size < 2:
             raise DataError(
-                f"dataset.splits: {name} would hold {max(size, 0)} of {tokens.size} tokens; a split needs at least 2: "
+                f"dataset.splits: {name} would hold {max(size, 0)} of {total} characters; a split needs at least 2: "
                 "use more text or other fractions"
             )
-    cuts = np.cumsum(list(sizes.values()))[:-1]
-    return dict(zip(sizes, np.split(tokens, cuts), strict=True))
+        while size > 0:
+            document = document or next(rest)
+            parts[name].append(document[:size])
+            size, document = size - len(document[:size]), document[size:]
+    return parts
 
 
 class TextWindows(Sequence[np.ndarray]):

@@ -223,8 +223,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
     arrays = {
         **{name: rng.standard_normal((32, 12, 2)) for name in ("X", "X2")},
         **{name: rng.integers(0, 2, 32) for name in ("y", "y2")},
-        **{"labels": np.array(["down", "up"]), "labels2": np.array(["low", "up"])},
-        **{"subject": np.arange(32), "recording": np.arange(32) // 2},
+        "labels": np.array(["down", "up"]), "labels2": np.array(["low", "up"]),
+        "subject": np.arange(32), "recording": np.arange(32) // 2,
     }
     np.savez(folder / "windows.npz", **arrays)
     lines = ["name,kind,label,ask,series,series2,v0,v1,v2,v3"]

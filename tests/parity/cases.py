@@ -102,7 +102,7 @@ def realise(name: str, spec: Spec, seed: int = 0) -> tuple[Backend, Any]:
     return backend, model
 
 
-def rates(spec: Spec, step: int, total_steps: int, peak: float = 2e-3) -> dict[str, float]:
+def rates(spec: Spec, step: int, total_steps: int, peak: float = 1e-3) -> dict[str, float]:
     """Warm-up over 10 % of the steps, then cosine; every group at its own peak."""
     value = peak * factor("cosine", step, total_steps, total_steps // 10)
     return {group: value / (1 + i) for i, group in enumerate(spec.groups)}

@@ -150,6 +150,14 @@ def test_sessions_of_whole_models(case: str, backend_name: str, directory: Path)
         actual = session.extend(batch.tokens[rows, lengths + new])
 
 
+def test_positions_count_from_each_rows_own_start(backend_name: str) -> None:
+    """Rotary attention is relative and would hide an offset, until it costs precision or meets learned positions."""
+    cache = lm_driver.module(backend_name, "layers").KVCache(1, [3, 0])
+    assert cache.positions(5).tolist() == [[0, 0, 0, 0, 1], [0, 1, 2, 3, 4]]
+    cache.length = 5
+    assert cache.select([1, 0]).positions(1).tolist() == [[5], [2]]
+
+
 def all_logits(backend: Any, model: Any, batch: Batch) -> np.ndarray:
     return to_numpy(model.logits(backend.to_device(batch)))
 

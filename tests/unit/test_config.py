@@ -237,7 +237,8 @@ def test_extends_merges_beside_the_file_and_shipped(write):
     assert load_config(number).training.learning_rate == 5e-4
     shipped = write("extends: quick_test\ntraining: {max_steps: 3}\n", "mine.yaml")
     assert load_config(shipped).training.max_steps == 3
-    assert load_config(shipped).experiment.name == "quick_test"
+    assert load_config(shipped).experiment.name == "mine"  # a name and a place are not inherited
+    assert load_config(shipped).output_dir == "runs/mine"
 
 
 def test_errors_cite_the_layer_that_is_wrong(write):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_training.data.batching import Batches
-from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_tokens
+from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_documents
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import DataError
 
@@ -36,13 +36,14 @@ def test_windows_are_a_dataset_for_batches() -> None:
 
 
 def test_splits_are_contiguous_and_share_nothing() -> None:
-    parts = split_tokens(np.arange(100), {"validation": 0.1, "test": 0.2})
-    assert {name: part.size for name, part in parts.items()} == {"train": 70, "validation": 10, "test": 20}
-    assert np.concatenate(list(parts.values())).tolist() == list(range(100))
-    with pytest.raises(DataError, match="validation would hold 1 of 10 tokens"):
-        split_tokens(np.arange(10), {"validation": 0.1})
-    with pytest.raises(DataError, match="train would hold 0 of 10 tokens"):
-        split_tokens(np.arange(10), {"validation": 1.5})
+    documents = ["a" * 40, "b" * 45, "c" * 15]
+    parts = split_documents(documents, {"validation": 0.1, "test": 0.2})
+    assert {name: sum(map(len, part)) for name, part in parts.items()} == {"train": 70, "validation": 10, "test": 20}
+    assert "".join(text for part in parts.values() for text in part) == "".join(documents)
+    with pytest.raises(DataError, match="validation would hold 1 of 10 characters"):
+        split_documents(["0123456789"], {"validation": 0.1})
+    with pytest.raises(DataError, match="train would hold -5 of 10 characters"):
+        split_documents(["0123456789"], {"validation": 1.5})
 
 
 def test_reading_documents(tmp_path: Path) -> None:
