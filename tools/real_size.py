@@ -81,8 +81,8 @@ def real_size(
     computed = [
         shape for shape in shapes if sorted(shape) != sorted((V, info.hidden_size))
     ]  # without the head's weight
-    largest = max(computed, key=prod)
-    largest_logits = max((shape for shape in computed if shape[-1:] == (V,)), key=prod)
+    largest = max(sorted(computed), key=prod)
+    largest_logits = max(sorted(shape for shape in computed if shape[-1:] == (V,)), key=prod)
     table = spec.params()
     return {
         "backend": f"{backend_name} {package_version(backend_name)}",

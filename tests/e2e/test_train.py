@@ -205,7 +205,7 @@ def test_resume_from_an_older_checkpoint_drops_the_later_lines(tiny: Workbench) 
 def test_resume_from_an_older_checkpoint_forgets_a_better_one_that_came_later(tiny: Workbench) -> None:
     tiny.train("training.max_steps=8", "checkpoint.keep=9")
     older = tiny.run / "checkpoints/step_00000002"
-    worse = "training.learning_rate=3", "training.schedule=constant", "training.max_steps=4"
+    worse = "training.learning_rate=1000", "training.schedule=constant", "training.max_steps=4"
     result = tiny.train("--resume", older, *worse)
     assert result["steps"] == 4 and (tiny.run / "checkpoints/best").read_text().strip() == "step_00000004"
     assert [path.name for path in CheckpointStore(tiny.run).paths()] == ["step_00000002", "step_00000004"]

@@ -42,7 +42,7 @@ def test_splits_are_contiguous_and_share_nothing() -> None:
     assert "".join(text for part in parts.values() for text in part) == "".join(documents)
     with pytest.raises(DataError, match="validation would hold 1 of 10 characters"):
         split_documents(["0123456789"], {"validation": 0.1})
-    with pytest.raises(DataError, match="train would hold -5 of 10 characters"):
+    with pytest.raises(DataError, match="train would hold 0 of 10 characters"):
         split_documents(["0123456789"], {"validation": 1.5})
 
 
