@@ -42,6 +42,8 @@ class EncoderConfig(Section):
     """Width of the feed-forward layers."""
     max_patches: Annotated[int, Field(ge=4, multiple_of=4)] = 256
     """Learned positions, a multiple of 4: the longest series is max_patches * patch_size samples."""
+    pos_init_std: Positive = 0.1
+    """Standard deviation of the initial positions (1.0 in the published preset)."""
     dropout: Dropout = 0.0
     """Dropout inside the encoder."""
     numeric_scale: bool = True

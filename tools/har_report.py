@@ -6,8 +6,8 @@ For every seed: `main` (configs/timeseries/har.yaml), `no_scale` (the same witho
 in the text only) and `control`, a control and no product: the same encoder from the same initial values, mean-pooled
 over real patches, channels side by side, and a linear layer to the classes. It sees the same batches in the same order,
 the same normalisation and scale, the same optimiser, learning rates and steps, and its checkpoint is chosen on the same
-validation subjects. Test subjects are read once a run, after that choice. A run that is finished (result.json) is not
-repeated. Writes report.md, report.json and confusion.png into --out.
+validation subjects. Test subjects are read once a run, after that choice. Given again, the command continues
+what was interrupted and leaves what is finished (result.json). Writes report.md, report.json and confusion.png.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from mlx_training.config import RunConfig, load_config, to_yaml
 from mlx_training.data.batch import Batch
 from mlx_training.data.rows import Row
 from mlx_training.environment import versions
-from mlx_training.errors import ConfigError, UserError
+from mlx_training.errors import ConfigError, Interrupted, UserError
 from mlx_training.evaluate import save_predictions
 from mlx_training.init import initialise
 from mlx_training.metrics import answer_metrics, normalise
@@ -278,7 +278,7 @@ def main() -> int:
     budget = [] if given.steps is None else ["training.num_epochs=null", f"training.max_steps={given.steps}"]
     try:
         results = run_all(given.data, given.out, given.seeds, [*budget, *given.overrides])
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         print(error, file=sys.stderr)
         return error.exit_code
     write_report(given.out, results)

@@ -78,9 +78,8 @@ def real_size(
     B, L = batch.tokens.shape
     K = batch.targets.shape[1]
     V = info.vocab_size
-    computed = [
-        shape for shape in shapes if sorted(shape) != sorted((V, info.hidden_size))
-    ]  # without the head's weight
+    head_weight = sorted((V, info.hidden_size))  # either way round
+    computed = [shape for shape in shapes if sorted(shape) != head_weight]
     largest = max(sorted(computed), key=prod)
     largest_logits = max(sorted(shape for shape in computed if shape[-1:] == (V,)), key=prod)
     table = spec.params()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_training.checkpoint import CheckpointStore
-from tests.e2e.conftest import Workbench
+from tests.e2e.workbench import Workbench
 from tools.opentslm_checkpoint import export_run, import_file
 
 STAGE = "timeseries/curriculum/stage"
@@ -27,8 +27,13 @@ def raw_rows(i: int) -> dict[str, dict[str, Any]]:
         "har_cot": {f"{axis}_axis": wave for axis in "xyz"} | {"rationale": f"It moves. Answer: {label}"},
         "sleep_cot": {"time_series": [wave], "rationale": "Slow waves. Answer: Wake"},
         "ecg_qa_cot": {
-            "question": "Is it normal?", "template_id": 1, "question_type": "single-verify", "ecg_id": f"[{i + 1}]",
-            "clinical_context": "", "series": [wave] * 2, "rationale": "It is regular. Answer: yes",
+            "question": "Is it normal?",
+            "template_id": 1,
+            "question_type": "single-verify",
+            "ecg_id": f"[{i + 1}]",
+            "clinical_context": "",
+            "series": [wave] * 2,
+            "rationale": "It is regular. Answer: yes",
         },
     }
 
