@@ -165,18 +165,21 @@ def test_rows_to_evaluate_need_answers_and_rows_to_generate_do_not(bench: Workbe
     assert len(bench.json("generate", bench.run, "--rows", "open.jsonl")["rows"]) == 3
 
 
-def test_text_too_short_for_its_splits(bench: Workbench) -> None:
+def test_text_too_short(bench: Workbench) -> None:
     bench.use_decoder()
+    text = ["dataset={format: text, path: tiny.txt}", "training.batch_size=2", "model.tokenizer.train=280"]
+    text += [f"dataset.num_samples_{split}=null" for split in ("train", "validation", "test")]
     Path("tiny.txt").write_text("a b")
-    dataset = "dataset={format: text, path: tiny.txt, splits: {fraction: {validation: 0.1, test: 0.1}}}"
-    cleared = [f"dataset.num_samples_{split}=null" for split in ("train", "validation", "test")]
-    message = bench.refused(DATA, "train", bench.config, dataset, *cleared)
-    assert "would hold" in message and "use more text" in message
+    message = bench.refused(DATA, "train", bench.config, *text)
+    assert "would hold 0 of 3" in message and "use more text" in message
+    Path("tiny.txt").write_text("few words " * 3)
+    message = bench.refused(DATA, "train", bench.config, *text, "training.batch_size=99")
+    assert "training.batch_size 99 is larger than the training data" in message
     assert bench.no_step_was_taken
-    Path("tiny.txt").write_text("some more text than before. " * 40)  # and the tokenizer is trained on it, not kept
-    assert bench.train(dataset, *cleared, "model.tokenizer.train=280", "training.batch_size=2")["steps"] == 4
-    kept = json.loads((bench.run / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
-    assert any("more" in token for token in kept)
+    Path("tiny.txt").write_text("some more text than before. " * 40)
+    assert bench.train(*text)["steps"] == 4
+    vocabulary = json.loads((bench.run / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    assert any("more" in token for token in vocabulary), "the tokenizer of the attempt before was kept"
 
 
 # Where the run goes
