@@ -22,6 +22,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.opt
         *("series_columns", "value_columns", "answer_column"),
         *("question_column", "id_column", "group_column", "type_column"),
     ),
+    "timeseriesexam": ("answer_with",),
     "m4": ("captions",),
     "ecg_qa_cot": ("records", "template_answers"),
     "text": ("text_column", "separator"),

@@ -112,6 +112,8 @@ class DatasetOptions(Section):
     """csv: column of groups for splits."""
     type_column: str | None = None
     """csv: column of question types; chance and accuracy are reported per type."""
+    answer_with: Literal["text", "letter"] | None = None
+    """timeseriesexam: the option's text (null), or its letter."""
     captions: str | None = None
     """m4: file of the captions."""
     records: str | None = None

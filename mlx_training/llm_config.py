@@ -11,6 +11,11 @@ from typing import Any
 from mlx_training.errors import ConfigError
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# What values must be, where they are given: transformers and mlx-lm check late, differently or not at all.
+SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+MAPPINGS = ("rope_parameters", "rope_scaling", "quantization", "quantization_config")
 ROPE_KEYS = {  # rope_type -> the numbers it needs
     "default": (),
     "linear": ("factor",),
@@ -57,13 +62,14 @@ def normalize_llm_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     """
     config = dict(config)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"{source}: model_type {model_type!r} is not supported; tested on both backends: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
     if missing := [key for key in REQUIRED if key not in config]:
         raise ConfigError(f"{source} lacks {', '.join(missing)}; expected a complete {model_type} configuration")
+    _check_values(config, source)
     for key, value in family.fixed.items():
         if config.setdefault(key, value) != value:
             raise ConfigError(f"{source}: {key} = {config[key]!r}; only {value!r} is equal on both backends")
@@ -79,6 +85,40 @@ def normalize_llm_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     _normalize_layer_types(config, source)
     _check_quantization(config, source)
     return config
+
+
+def _check_values(config: dict[str, Any], source: str) -> None:
+    """ConfigError for a value of the wrong kind, as a damaged or hand-made file has."""
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    def is_id(value: Any) -> bool:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+    kinds = (
+        (SIZES, is_size, "a positive whole number"),
+        (NUMBERS, lambda value: is_size(value) or (isinstance(value, float) and value > 0), "a positive number"),
+        (SWITCHES, lambda value: isinstance(value, bool), "true or false"),
+        (MAPPINGS, lambda value: isinstance(value, dict), "a mapping"),
+        (("bos_token_id", "eos_token_id"), lambda v: all(map(is_id, v)) if isinstance(v, list) else is_id(v), "an id"),
+    )
+    for keys, is_right, expected in kinds:
+        for key in keys:
+            is_absent = config.get(key) is None and key not in REQUIRED
+            if not is_absent and not is_right(config[key]):
+                raise ConfigError(f"{source}: {key} = {config[key]!r}; expected {expected}")
+    for key in (*SIZES, *NUMBERS, *SWITCHES):
+        if key in config and config[key] is None:
+            del config[key]  # as if it were not there
+    for key in NUMBERS:
+        if key in config:
+            config[key] = float(config[key])
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise ConfigError(
+            f"{source}: hidden_size = {config['hidden_size']} is no multiple of num_attention_heads = "
+            f"{config['num_attention_heads']}; transformers refuses it"
+        )
 
 
 def _normalize_rope(config: dict[str, Any], source: str) -> None:

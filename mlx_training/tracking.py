@@ -196,7 +196,7 @@ def open_tracker(
 def read_metrics(path: str | Path) -> list[Record]:
     """The records of a `metrics.jsonl`, non-finite numbers restored. A torn last line is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # only the line a kill cut short; the step it belongs to is trained again

@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,10 +66,10 @@ def parquet(path: Path) -> list[Row]:
     return read_rows(path, read_parquet)
 
 
-def timeseriesexam(path: Path) -> list[Row]:
+def timeseriesexam(path: Path, *, answer_with: Literal["text", "letter"] = "text") -> list[Row]:
     """TimeSeriesExam: a JSON list of multiple-choice questions about `ts`, or about `ts1` and `ts2`.
 
-    The options stand in the prompt, the answer is the option's text, `type` is the category.
+    The options stand in the prompt, the answer is the option's text or its letter, `type` is the category.
     """
     try:
         items = json.loads(read_text(path))
@@ -76,10 +77,11 @@ def timeseriesexam(path: Path) -> list[Row]:
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: expected a JSON list of questions; got {type(items).__name__}")
-    return [_exam_row(item, f"{path}: question {number}") for number, item in enumerate(items, start=1)]
+    with_letter = answer_with == "letter"
+    return [_exam_row(item, f"{path}: question {number}", with_letter) for number, item in enumerate(items, start=1)]
 
 
-def _exam_row(item: Any, where: str) -> Row:
+def _exam_row(item: Any, where: str, with_letter: bool) -> Row:
     names = ["ts"] if isinstance(item, dict) and "ts" in item else ["ts1", "ts2"]
     for field in ("question", "options", "answer", *names):
         if not isinstance(item, dict) or item.get(field) is None:
@@ -91,11 +93,16 @@ def _exam_row(item: Any, where: str) -> Row:
     answer = str(item["answer"])
     if answer not in options:
         raise DataError(f"{where}: the answer {answer!r} is none of the options {list(options)}")
+    shown = "; ".join(options)
+    if with_letter:
+        letters = tuple(ascii_uppercase[: len(options)])
+        shown = "; ".join(f"{letter}) {option}" for letter, option in zip(letters, options, strict=True))
+        answer, options = letters[options.index(answer)], letters
     return Row(
         pre_prompt=str(item["question"]),
         series=tuple(numbers_from(item[name], where, name) for name in names),
         series_text=ONE_SERIES if len(names) == 1 else ("This is time series 1", "This is time series 2"),
-        post_prompt=f"Options: {'; '.join(options)}. Answer:",
+        post_prompt=f"Options: {shown}. Answer:",
         answer=answer,
         options=options,
         id=str(item.get("id", where)),

@@ -100,6 +100,32 @@ def test_garbled_files_of_the_language_model(bench: Workbench, name: str, conten
     assert bench.no_step_was_taken
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", []),
+        ("hidden_size", "32"),
+        ("vocab_size", None),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", 3),
+        ("head_dim", -1),
+        ("rms_norm_eps", "small"),
+        ("rope_theta", {}),
+        ("rope_scaling", 3),
+        ("tie_word_embeddings", 1),
+        ("quantization", True),
+        ("eos_token_id", "x"),
+    ],
+)
+def test_values_that_no_language_model_has(bench: Workbench, key: str, value: object) -> None:
+    llm = Path(shutil.copytree(bench.llm, bench.folder / "llm"))
+    config = json.loads((llm / "config.json").read_text())
+    (llm / "config.json").write_text(json.dumps({**config, key: value}))
+    message = bench.refused(CONFIG, "train", bench.config, f"model.llm_id={llm}")
+    assert str(llm / "config.json") in message and key in message
+    assert bench.no_step_was_taken
+
+
 def test_another_language_model_than_the_soft_prompt_was_trained_for(bench: Workbench) -> None:
     bench.train()
     llm = Path(shutil.copytree(bench.llm, bench.folder / "llm"))

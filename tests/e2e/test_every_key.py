@@ -91,6 +91,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
     series = [row_to_dict(row)["series"][0] for row in rows(32)]
     write_objects(folder / "m4.jsonl", [{"id": f"m{i}", "series": s, "caption": "up"} for i, s in enumerate(series)])
     (folder / "captions.csv").write_text("id,caption\n" + "".join(f"m{i},down\n" for i in range(32)))
+    exam = {"question": "Which way?", "options": "['up', 'down']", "answer": "up"}
+    (folder / "exam.json").write_text(json.dumps([{**exam, "ts": s} for s in series]))
     ecg = {"template_id": "t", "question_type": "q", "rationale": "Answer: yes", "question": "Is it?"}
     write_objects(folder / "ecg.jsonl", [{**ecg, "ecg_id": i + 1} for i in range(32)])
     (folder / "answers.csv").write_text('template_id,classes\nt,"[""yes"", ""no""]"\n')

@@ -50,7 +50,8 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
         code, out, err = tiny.main("train", tiny.config, *EIGHT, "--json")
     assert (code, out) == (143 if step == 4 else 130, "")
     assert f"interrupted: saved at step {step}; continue with --resume auto" in err and "Traceback" not in err
-    (tiny.run / "metrics.jsonl").open("a").write('{"step": 5, "lo')  # torn by a kill
+    with (tiny.run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "lo\xf0\x9f')  # torn by a kill
     resumed = tiny.train(*EIGHT, "--resume", "auto")
     expected = state(Path("whole"))
     found = state(tiny.run)

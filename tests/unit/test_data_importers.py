@@ -168,6 +168,9 @@ def test_timeseriesexam(tmp_path: Path) -> None:
     assert (one.options, one.answer, one.type, one.id) == (("a", "2.5"), "2.5", "c", "4")
     assert one.post_prompt == "Options: a; 2.5. Answer:"
     assert values(two) == [[1, 2], [3]]
+    by_letter, _ = load_rows(path, "timeseriesexam", answer_with="letter")
+    assert (by_letter.options, by_letter.answer) == (("A", "B"), "B")
+    assert by_letter.post_prompt == "Options: A) a; B) 2.5. Answer:"
     for change, message in (
         ({"options": "['a', "}, "question 1: field 'options' is not a list"),
         ({"options": "7"}, "'options' must be a list of answers"),
