@@ -101,7 +101,8 @@ def _check_values(config: dict[str, Any], source: str) -> None:
         (NUMBERS, lambda value: is_size(value) or (isinstance(value, float) and value > 0), "a positive number"),
         (SWITCHES, lambda value: isinstance(value, bool), "true or false"),
         (MAPPINGS, lambda value: isinstance(value, dict), "a mapping"),
-        (("bos_token_id", "eos_token_id"), lambda v: all(map(is_id, v)) if isinstance(v, list) else is_id(v), "an id"),
+        (("bos_token_id",), is_id, "an id"),
+        (("eos_token_id",), lambda v: all(map(is_id, v)) if isinstance(v, list) else is_id(v), "an id or several"),
     )
     for keys, is_right, expected in kinds:
         for key in keys:

@@ -1,0 +1,49 @@
+"""Every parameter of the shipped models, by name, shape and initialisation, as committed text.
+
+A change of a golden file is a change of what checkpoints hold. Refresh with:
+    .venv/bin/python tests/unit/test_golden.py
+"""
+
+from pathlib import Path
+
+import pytest
+
+from mlx_training.assemble import decoder_spec, timeseries_spec
+from mlx_training.config import load_config
+from mlx_training.config_model import DecoderConfig
+from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+CASES = ("quick_test", "tiny_llama", "timeseries_har", "opentslm_sp_llama_3_2_1b")
+
+
+def spec_of(case: str) -> Spec:
+    if case == "opentslm_sp_llama_3_2_1b":
+        return TimeSeriesSpec(FrozenLM(Path(), 2048, 128256), EncoderSpec(), ProjectorSpec())
+    model = load_config(case.replace("timeseries_", "timeseries/")).model
+    return decoder_spec(model, 768) if isinstance(model, DecoderConfig) else timeseries_spec(model)
+
+
+def table(spec: Spec) -> str:
+    lines = [
+        f"{name}  {'x'.join(map(str, p.shape))}  {p.init}({p.scale:.6g})  {'decay' if p.decay else 'no decay'}  {p.group}"
+        for name, p in spec.params().items()
+    ]
+    return "\n".join([*lines, f"{spec.num_parameters} parameters", ""])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_of_the_golden_file(case: str) -> None:
+    assert table(spec_of(case)) == (GOLDEN / f"{case}.txt").read_text()
+
+
+def test_published_sizes() -> None:
+    sizes = {"encoder": 0, "projector": 0}
+    for param in spec_of("opentslm_sp_llama_3_2_1b").params().values():
+        sizes[param.group] += param.size
+    assert sizes == {"encoder": 2_110_976, "projector": 264_448}
+
+
+if __name__ == "__main__":
+    for name in CASES:
+        (GOLDEN / f"{name}.txt").write_text(table(spec_of(name)))
