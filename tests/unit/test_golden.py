@@ -25,10 +25,10 @@ def spec_of(case: str) -> Spec:
 
 
 def table(spec: Spec) -> str:
-    lines = [
-        f"{name}  {'x'.join(map(str, p.shape))}  {p.init}({p.scale:.6g})  {'decay' if p.decay else 'no decay'}  {p.group}"
-        for name, p in spec.params().items()
-    ]
+    lines = []
+    for name, p in spec.params().items():
+        shape, decay = "x".join(map(str, p.shape)), "decay" if p.decay else "no decay"
+        lines.append(f"{name}  {shape}  {p.init}({p.scale:.6g})  {decay}  {p.group}")
     return "\n".join([*lines, f"{spec.num_parameters} parameters", ""])
 
 
