@@ -150,6 +150,7 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
             stats_in_text=config.dataset.stats_in_text,
             max_length=config.dataset.max_length or _context_length(spec.llm.directory),
             max_patches=spec.encoder.max_patches,
+            max_series=spec.encoder.max_series,
         )
         return Assembly(config, spec, RowData(tokenizer, encoder, config))
     data = _text_data(config, config.model, run)

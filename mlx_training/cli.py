@@ -95,9 +95,7 @@ def _expect_run(run: Path) -> None:
 
 def _expect_rows(flag: str, path: Path | None) -> None:
     if path is not None and not path.is_file():
-        raise DataError(
-            f"{flag} {str(path)!r} is not a file; give one of rows, in the run's own format or canonical"
-        )
+        raise DataError(f"{flag} {str(path)!r} is not a file; give one of rows, in the run's own format or canonical")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

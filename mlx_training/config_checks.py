@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_heads": 8,
             "ffn_size": 1024,
             "max_patches": 1024,
+            "max_series": 0,
             "pos_init_std": 1.0,
             "dropout": 0.0,
             "numeric_scale": False,

@@ -42,6 +42,8 @@ class EncoderConfig(Section):
     """Width of the feed-forward layers."""
     max_patches: Annotated[int, Field(ge=4, multiple_of=4)] = 256
     """Learned positions, a multiple of 4: the longest series is max_patches * patch_size samples."""
+    max_series: Annotated[int, Field(ge=0)] = 0
+    """Most series a row, each place with a learned embedding that tells axes or leads apart; 0: no embedding."""
     pos_init_std: Positive = 0.1
     """Standard deviation of the initial positions (1.0 in the published preset)."""
     dropout: Dropout = 0.0

@@ -77,7 +77,7 @@ def build_control(spec: ControlSpec) -> Any:
             self.head = nn.Linear(spec.num_channels * spec.encoder.hidden_size, spec.num_classes)
 
         def forward(self, batch: Batch) -> Tensor:
-            h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches)
+            h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches, batch.series_place)
             real_SP = torch.arange(h_SPd.shape[1], device=h_SPd.device) < batch.num_patches[:, None]
             pooled_Sd = (h_SPd * real_SP[..., None]).sum(1) / batch.num_patches[:, None]
             return self.head(pooled_Sd.view(len(batch.rows), -1))  # the channels of a row stand together

@@ -26,6 +26,7 @@ class Batch:
     series: Array = None  # float32 (S, T): normalised, zero-padded to a patch multiple
     scale: Array = None  # float32 (S, 2): asinh(mean), log(std) of the raw series
     num_patches: Array = None  # int32 (S,): real patches of each series, at least 1
+    series_place: Array = None  # int32 (S,): 0 for the first series of its row, 1 for the second, ...
     patch_index: Array = None  # int32 (B, L): 0 = text, else 1 + s * P + p
     rows: tuple[int, ...] = ()  # index of each row in its dataset, for reports
 

@@ -65,6 +65,8 @@ def _batch(
         samples[s, : values.size] = values
     scale = np.zeros((total, 2), np.float32)
     scale[: len(series)] = np.concatenate([item.scale for item in encoded])
+    series_place = np.zeros(total, np.int32)
+    series_place[: len(series)] = np.concatenate([np.arange(count) for count in num_series])
     patch_index = np.zeros(shape, np.int32)
     s = 0
     for b, item in enumerate(encoded):
@@ -72,4 +74,16 @@ def _batch(
         ranges = [np.arange(start, start + count) for start, count in zip(starts, item.num_patches, strict=True)]
         patch_index[b, : len(item)] = np.concatenate([[0], *ranges])[item.patch_place]
         s += len(item.series)
-    return Batch(tokens, targets, mask, lengths, positions, samples, scale, num_patches, patch_index, tuple(rows))
+    return Batch(
+        tokens,
+        targets,
+        mask,
+        lengths,
+        positions,
+        series=samples,
+        scale=scale,
+        num_patches=num_patches,
+        series_place=series_place,
+        patch_index=patch_index,
+        rows=tuple(rows),
+    )

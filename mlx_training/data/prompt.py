@@ -68,6 +68,7 @@ class PromptEncoder:
         stats_in_text: bool = True,
         max_length: int | None = None,
         max_patches: int = 1024,
+        max_series: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.patch_size = patch_size
@@ -76,12 +77,14 @@ class PromptEncoder:
         self.stats_in_text = stats_in_text
         self.max_length = max_length
         self.max_patches = max_patches
+        self.max_series = max_series
         self._ids = lru_cache(maxsize=8192)(tokenizer.encode)  # prompts and answers repeat; callers never mutate
 
     def check(self, row: Row, *, with_answer: bool = True) -> None:
         """Raise what `encode` would. Tokenises only rows that could be too long: a token is at least one byte."""
         if with_answer:
             self._check_answer(row)
+        self._check_num_series(row)
         for index in range(len(row.series)):
             self._check_series(row, index)
         texts = (row.pre_prompt, *row.series_text, row.post_prompt)
@@ -97,6 +100,7 @@ class PromptEncoder:
         """
         if with_answer:
             self._check_answer(row)
+        self._check_num_series(row)
         stats = [self._stats(row, index) for index in range(len(row.series))]
         num_patches = self._num_patches(row)
         if self.layout == "standard":
@@ -181,6 +185,13 @@ class PromptEncoder:
     def _check_answer(self, row: Row) -> None:
         if not row.answer.strip():
             raise DataError(f"{row.name}: no answer; training and scoring need one (generation does not)")
+
+    def _check_num_series(self, row: Row) -> None:
+        if self.max_series and len(row.series) > self.max_series:
+            raise DataError(
+                f"{row.name}: {len(row.series)} series, but model.encoder.max_series is {self.max_series}; raise it, "
+                "or set 0 to treat all series alike"
+            )
 
     def _stats(self, row: Row, index: int) -> SeriesStats:
         self._check_series(row, index)

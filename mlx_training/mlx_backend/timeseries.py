@@ -72,6 +72,8 @@ class Encoder(nn.Module):
         self.spec = spec
         self.patch_embed = PatchEmbedding(spec)
         self.pos_embed = mx.zeros((1, spec.max_patches, d))
+        if spec.max_series:
+            self.series_embed = mx.zeros((spec.max_series, d))
         if spec.numeric_scale:
             self.scale_in = nn.Linear(2, d)
             self.scale_out = nn.Linear(d, d)
@@ -79,10 +81,12 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         self.layers = [EncoderLayer(spec) for _ in range(spec.num_layers)]
 
-    def __call__(self, series_ST: mx.array, scale_S2: mx.array, num_patches_S: mx.array) -> mx.array:
+    def __call__(self, series_ST: mx.array, scale_S2: mx.array, num_patches_S: mx.array, place_S: mx.array) -> mx.array:
         x_SPd = self.patch_embed(series_ST)
         P = x_SPd.shape[1]
         x_SPd = x_SPd + self.pos_embed[:, :P]
+        if self.spec.max_series:
+            x_SPd = x_SPd + self.series_embed[place_S][:, None]
         if self.spec.numeric_scale:
             x_SPd = x_SPd + self.scale_out(nn.gelu(self.scale_in(scale_S2)))[:, None]
         x_SPd = self.dropout(self.input_norm(x_SPd))
@@ -127,7 +131,8 @@ class TimeSeriesLM(LanguageModel):
         x_BLH = self.lm.embed(batch.tokens)
         if batch.series is None:
             return x_BLH
-        patches_SPH = self.projector(self.encoder(batch.series, batch.scale, batch.num_patches))
+        h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches, batch.series_place)
+        patches_SPH = self.projector(h_SPd)
         H = patches_SPH.shape[-1]
         table = mx.concatenate([mx.zeros((1, H)), patches_SPH.reshape(-1, H)])  # row 0: text
         placed_BLH = table[batch.patch_index].astype(x_BLH.dtype)

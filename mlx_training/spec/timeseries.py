@@ -23,6 +23,7 @@ class EncoderSpec:
     ffn_size: int = 1024
     max_patches: int = 1024
     pos_init_std: float = 1.0  # of the learned positions; 1.0 drowns short patches: 0.1 learns faster
+    max_series: int = 0  # learned embedding of a series' place in its row (which axis, which lead); 0: none
     dropout: float = 0.0
     numeric_scale: bool = False  # mean and log std of the raw series enter as numbers, through an MLP
 
@@ -34,6 +35,9 @@ class EncoderSpec:
             "encoder.patch_embed.weight": Param((d, 1, self.patch_size), "uniform", self.patch_size**-0.5, True, group),
             "encoder.pos_embed": Param((1, self.max_patches, d), "normal", self.pos_init_std, False, group),
         }
+        if self.max_series:
+            shape = (self.max_series, d)
+            table["encoder.series_embed"] = Param(shape, "normal", self.pos_init_std, False, group)
         if self.numeric_scale:
             table |= linear("encoder.scale_in", d, 2, group=group)
             table |= linear("encoder.scale_out", d, d, group=group)

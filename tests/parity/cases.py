@@ -23,7 +23,7 @@ def specs(directory: Path) -> dict[str, Spec]:
     """One spec a case; `directory` holds a 4-bit Llama (vocabulary 96, hidden 64)."""
     llm = FrozenLM(directory, 64, VOCAB)
     published = TimeSeriesSpec(llm, ENCODER)
-    scaled = EncoderSpec(**(vars(ENCODER) | {"numeric_scale": True}))
+    scaled = EncoderSpec(**(vars(ENCODER) | {"numeric_scale": True, "max_series": 2}))
     ours = TimeSeriesSpec(llm, scaled, ProjectorSpec(norm_output=True), train_lm_head=True)
     small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "head_dim": 8}
     rope = RopeScaling(8.0, 1.0, 4.0, original_context_length=16)

@@ -66,7 +66,8 @@ def test_encoder_equals_torch_modules(size: float, backend_name: str, directory:
     arrays = {n: (size * (a + noise[n])).astype(np.float32) for n, a in backend.export(model).items()}
     backend.load(model, arrays)
     device = backend.to_device(batch)
-    actual = to_numpy(model.projector(model.encoder(device.series, device.scale, device.num_patches)))
+    h = model.encoder(device.series, device.scale, device.num_patches, device.series_place)
+    actual = to_numpy(model.projector(h))
 
     e, p = spec.encoder, {name: torch.from_numpy(array) for name, array in arrays.items()}
     series, scale = torch.from_numpy(batch.series), torch.from_numpy(batch.scale)
@@ -79,6 +80,7 @@ def test_encoder_equals_torch_modules(size: float, backend_name: str, directory:
 
     x = F.conv1d(series[:, None], p["encoder.patch_embed.weight"], stride=e.patch_size).transpose(1, 2)
     x = x + p["encoder.pos_embed"][:, : x.shape[1]]
+    x = x + p["encoder.series_embed"][torch.from_numpy(batch.series_place).long()][:, None]
     x = x + affine("encoder.scale_out", F.gelu(affine("encoder.scale_in", scale)))[:, None]
     x = norm("encoder.input_norm", x)
     pads = torch.arange(x.shape[1]) >= torch.from_numpy(batch.num_patches)[:, None]

@@ -38,7 +38,8 @@ def row_of(batch: Batch, b: int) -> tuple[list, ...]:
             s, p = divmod(int(index) - 1, max_patches)
             if index:
                 assert p < batch.num_patches[s]
-                seen.append((batch.series[s, p * PATCH : (p + 1) * PATCH].tolist(), batch.scale[s].tolist(), p))
+                samples = batch.series[s, p * PATCH : (p + 1) * PATCH].tolist()
+                seen.append((samples, batch.scale[s].tolist(), p, int(batch.series_place[s])))
     return (
         batch.tokens[b, :length].tolist(),
         batch.targets[b][labels].tolist(),
@@ -58,6 +59,11 @@ def test_a_label_is_the_token_after_its_position() -> None:
     assert not batch.targets[batch.mask == 0].any() and not batch.positions[batch.mask == 0].any()
     assert batch.num_supervised == 5
     assert batch.rows == (7, 9)
+
+
+def test_a_series_knows_its_place_in_its_row() -> None:
+    batch = collate([encoded(5, 2, 1, 1), encoded(5, 2, 3), encoded(4, 2, 1, 1)])
+    assert batch.series_place.tolist() == [0, 1, 0, 0, 1, 0, 0, 0]  # three dummies complete a multiple of 4
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

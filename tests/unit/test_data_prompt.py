@@ -149,13 +149,14 @@ def test_raw_values_without_normalisation(tiny_tokenizer: Tokenizer) -> None:
         (row([]), "row 'r1', series 0: the series is empty"),
         (row([[1, 2]]), "one dimension"),
         (row(range(13)), r"13 samples, but the encoder takes at most 12 \(max_patches 3 x patch_size 4\)"),
+        (row([1], [2], [3]), "row 'r1': 3 series, but model.encoder.max_series is 2"),
         (row([1], pre_prompt="up " * 40), r"prompt has \d+ tokens and patches, so max_length 60"),
         (row([1], id="", pre_prompt="Which?", answer=""), "row without id .it begins 'Which[?]'"),
     ],
 )
 def test_bad_rows_are_named(tiny_tokenizer: Tokenizer, bad: Row, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        PromptEncoder(tiny_tokenizer, 4, max_length=60, max_patches=3).encode(bad)
+        PromptEncoder(tiny_tokenizer, 4, max_length=60, max_patches=3, max_series=2).encode(bad)
 
 
 def test_long_answers_lose_their_end_and_only_that(tiny_tokenizer: Tokenizer) -> None:

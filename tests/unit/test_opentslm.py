@@ -139,7 +139,7 @@ def test_our_encoder_computes_what_the_published_one_does(tmp_path: Path) -> Non
     x = theirs.patch_embed(series[:, None]).transpose(1, 2) + theirs.pos_embed[:, :10]
     with torch.no_grad():
         expected = theirs.encoder.train()(theirs.input_norm(x))
-        torch.testing.assert_close(ours(series, torch.zeros(2, 2), torch.tensor([10, 10])), expected)
+        torch.testing.assert_close(ours(series, torch.zeros(2, 2), torch.tensor([10, 10]), torch.zeros(2)), expected)
 
 
 def test_reading_needs_no_framework(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ TINY = LLAMA_3_2_1B | {
     "head_dim": 16,
 }
 ACTIVITIES = ["WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING"]
-SMALL = ["model.encoder.hidden_size=16", "model.encoder.ffn_size=32", "backend=torch", "training.batch_size=12"]
+SIZES = ["model.encoder.patch_size=4", "model.encoder.hidden_size=16", "model.encoder.ffn_size=32"]
+SMALL = [*SIZES, "backend=torch", "training.batch_size=12"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,8 @@ def test_control_pools_real_patches_of_each_channel(windows: Path, llama: Path, 
         rows = len(series) // 3
         none = np.zeros((rows, 1), np.int32)
         scale, patches = np.zeros((len(series), 2), np.float32), np.array(num_patches, np.int32)
-        batch = Batch(none, none, none, none[:, 0], None, series, scale, patches, rows=tuple(range(rows)))
+        places = np.tile(np.arange(3, dtype=np.int32), rows)
+        batch = Batch(none, none, none, none[:, 0], None, series, scale, patches, places, rows=tuple(range(rows)))
         with torch.no_grad():
             return model(backend.to_device(batch)).numpy()
 
