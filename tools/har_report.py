@@ -2,8 +2,8 @@
 
     python tools/har_report.py [key=value ...] --data har_total_acc_train.npz --out runs/har_report [--seeds 1 2 3]
 
-For every seed: `main` (configs/timeseries/har.yaml), `no_scale` (the same without the numeric scale: only the shape of a
-series is left) and `control`, a control and no product: the same encoder from the same initial values, mean-pooled
+For every seed: `main` (configs/timeseries/har.yaml), `no_scale` (the same without the numeric scale: only the shape of
+a series is left) and `control`, a control and no product: the same encoder from the same initial values, mean-pooled
 over real patches, channels side by side, and a linear layer to the classes. It sees the same batches in the same order,
 the same normalisation and scale, the same optimiser, learning rates and steps, and its checkpoint is chosen on the same
 validation subjects. Test subjects are read once a run, after that choice. Given again, the command continues
