@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -260,9 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             with contextlib.redirect_stdout(sys.stderr):  # progress must not come between a caller and the result
                 result = verb.run(args)
-            print(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False))
+            print(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False), flush=True)
         else:
-            print(verb.show(verb.run(args)))
+            print(verb.show(verb.run(args)), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -272,6 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output is gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         if error.filename is None:
             raise

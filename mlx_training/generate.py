@@ -42,7 +42,7 @@ def greedy(
             running &= tokens_B != tokenizer.eos_id
         for row, ids in zip(batch.rows, np.stack(columns, axis=1).tolist(), strict=True):
             end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
-            texts[row] = tokenizer.decode(ids[:end])
+            texts[row] = tokenizer.decode(ids[:end]).strip()
     return texts
 
 

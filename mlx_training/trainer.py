@@ -15,15 +15,22 @@ from mlx_training import schedule
 from mlx_training.assemble import Assembly, assemble, check_fits, llm_sha256, open_backend
 from mlx_training.backend import Optim
 from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes, claim_run_directory, write_atomic
-from mlx_training.config import RunConfig, to_yaml
+from mlx_training.config import RunConfig, load_config, to_yaml
 from mlx_training.environment import git_state, versions
-from mlx_training.errors import CheckpointError, DivergedError, Interrupted
+from mlx_training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
 from mlx_training.tracking import Tracker, open_tracker
 
+FIXED = (  # what a run cannot change when it is continued
+    "experiment.seed",
+    "model",
+    "dataset",
+    "training.batch_size",
+    "training.grad_accumulation_steps",
+)
 ADVICE = (
     "What was saved before is intact. Try a lower training.learning_rate, training.grad_clip_norm: 1.0 or more "
     "warm-up, and look for odd rows in the data"
@@ -72,6 +79,10 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
         progress.best = None
     first = checkpoint.step if checkpoint else 0
     describe_run(run, assembly, backend.name)
+    start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
+    start += ": nothing left to train" if first >= total_steps or progress.stopped_early else ""
+    size = f"{assembly.spec.num_parameters:,} trainable parameters"
+    print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
     evaluator = Evaluator(config, backend, model, assembly.data)
     cadence = Cadence(config, total_steps, batches.num_batches)
@@ -207,7 +218,11 @@ def find_checkpoint(store: CheckpointStore, resume: str | None, assembly: Assemb
     if resume is None:
         return None
     if resume != "auto":
-        checkpoint: Checkpoint | None = store.load(Path(resume))
+        if not (path := Path(resume)).name.startswith("step_") or not path.is_dir():
+            raise CheckpointError(
+                f"--resume {resume}: not a checkpoint directory; give auto, or a directory RUN/checkpoints/step_..."
+            )
+        checkpoint: Checkpoint | None = store.load(path)
         message = ""
     else:
         checkpoint, message = store.latest_valid()
@@ -215,8 +230,30 @@ def find_checkpoint(store: CheckpointStore, resume: str | None, assembly: Assemb
         print(f"warning: {message}", file=sys.stderr)
     if checkpoint:
         check_resumable(assembly, checkpoint)
+        check_unchanged(assembly.config, store.directory.parent)
         store.rewind(checkpoint)
     return checkpoint
+
+
+def check_unchanged(config: RunConfig, run: Path) -> None:
+    """ConfigError unless the run that is continued has the same model, data and seed."""
+    if not (run / "config.yaml").is_file():
+        return
+    given, before = config.model_dump(mode="json"), load_config(run / "config.yaml").model_dump(mode="json")
+    changed = []
+    for key in FIXED:
+        section, _, name = key.partition(".")
+        now, then = (value[section][name] if name else value[section] for value in (given, before))
+        keys = sorted(now.keys() | then.keys()) if isinstance(now, dict) else []
+        changed += [f"{key}.{k}: {then.get(k)} -> {now.get(k)}" for k in keys if now.get(k) != then.get(k)]
+        if not keys and now != then:
+            changed.append(f"{key}: {then} -> {now}")
+    if changed:
+        raise ConfigError(
+            f"{run} was trained with other settings than those it would be continued with:\n  "
+            + "\n  ".join(changed)
+            + "\nUndo these changes, or start another run: output_dir=... with training.init_from"
+        )
 
 
 def check_resumable(assembly: Assembly, checkpoint: Checkpoint) -> None:

@@ -160,8 +160,9 @@ def _npz_arrays(
     path: Path, x: str, y: str, labels: str, group: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]:
     """Windows (n, T, C), the class of each as a label, its group, and all labels."""
+    require_file(path)
     try:
-        with np.load(require_file(path), allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a readable npz archive of plain arrays ({error})") from error

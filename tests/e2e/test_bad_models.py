@@ -208,4 +208,4 @@ def test_what_is_no_run(bench: Workbench) -> None:
         for argv in (["evaluate", run], ["generate", run, "--rows", bench.data]):
             assert words in bench.refused(DATA, *argv)
     assert "nothing to start from" in bench.refused(DATA, "train", bench.config, "training.init_from=empty")
-    assert "no such directory" in bench.refused(DATA, "train", bench.config, "--resume", "nowhere")
+    assert "not a checkpoint directory" in bench.refused(DATA, "train", bench.config, "--resume", "nowhere")

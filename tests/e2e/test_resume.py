@@ -194,3 +194,13 @@ def test_divergence_before_anything_was_saved(tiny: Workbench) -> None:
     assert code == 4 and "error: diverged by step" in err
     assert not CheckpointStore(tiny.run).paths() or CheckpointStore(tiny.run).load()
     assert tiny.train("--resume", "auto")["steps"] == 4
+
+
+def test_a_run_is_not_continued_with_another_model_or_other_data(tiny: Workbench) -> None:
+    tiny.train(*EIGHT, "training.max_steps=4")
+    changes = ("dataset.stats_in_text=false", "experiment.seed=8", "model.encoder.num_heads=1")
+    code, _, err = tiny.main("train", tiny.config, *EIGHT, *changes, "--resume", "auto")
+    assert code == 2
+    for change in ("dataset.stats_in_text: True -> False", "experiment.seed: ", "model.encoder: "):
+        assert change in err
+    assert tiny.train(*EIGHT, "--resume", "auto")["steps"] == 8  # more steps are no other run
