@@ -19,7 +19,7 @@ ROOMS = (
     {"spec", "blas", "environment", "llm_config", "torch_archive"} | CONFIGURATION,
     {"init", "ops", "data", "objectives", "schedule", "metrics", "llm_source", "quantize", "checkpoint", "opentslm"},
     {"backend"},
-    {"tracking", "assemble", "trainer", "generate", "evaluate", "export", "diagnostics"},
+    {"tracking", "assemble", "resume", "trainer", "generate", "evaluate", "export", "diagnostics"},
     {"cli"},
 )
 # The left half and the protocols; `llm_*` read a pretrained directory, `checkpoint` checks names and shapes.
