@@ -22,7 +22,7 @@ class EncoderSpec:
     num_heads: int = 8
     ffn_size: int = 1024
     max_patches: int = 1024
-    pos_init_std: float = 1.0  # of the learned positions; 1.0 drowns short patches: 0.1 learns faster
+    pos_init_std: float = 1.0  # of the learned positions; smaller did better on HAR (docs/experiments.md)
     max_series: int = 0  # learned embedding of a series' place in its row (which axis, which lead); 0: none
     dropout: float = 0.0
     numeric_scale: bool = False  # mean and log std of the raw series enter as numbers, through an MLP
