@@ -6,9 +6,10 @@ the canonical names of the parameter table.
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +20,14 @@ from mlx_training.spec import Spec
 
 Arrays = dict[str, np.ndarray]
 PACKAGES = {"mlx": "mlx_training.mlx_backend", "torch": "torch_backend"}
+PROBE = ("grad_norm", "param_norm", "update_norm", "m_norm", "v_norm", "zeros", "nonfinite")  # figures of a parameter
+
+
+class Registered(NamedTuple):
+    """A parameter as the framework knows it."""
+
+    shape: tuple[int, ...]
+    trainable: bool
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,23 @@ class Model(Protocol):
 class Step(Protocol):
     """One optimiser step: gradients over micro-batches, division by the total weight, clipping, update."""
 
-    def __call__(self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float]) -> dict[str, Any]:
+    @property
+    def num_compilations(self) -> int:
+        """Functions traced for compilation so far; 0 where nothing is compiled."""
+
+    def __call__(
+        self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float], probe: bool = False
+    ) -> dict[str, Any]:
         """Take step number `step` (from 1) with one learning rate per parameter group.
 
-        Returns device scalars {"loss": mean nats, "weight": supervised tokens, "grad_norm": before clipping};
-        calling `float` on one waits for the device.
+        Returns device scalars {"loss": mean nats, "weight": supervised tokens, "grad_norm": before clipping,
+        "skipped": 0 or 1}; calling `float` on one waits for the device. When loss or gradient norm is not finite the
+        device itself skips the update: parameters, moments and their step count stay as they were.
+
+        With `probe` also "probe": {parameter: {figure: float}}, which waits for the device. Figures (PROBE): L2 norms
+        of the mean gradient before clipping ("grad_norm"), of the parameter before the update, of the update (decay
+        included), and of both moments after it; "zeros", the share of gradient elements that are exactly zero;
+        "nonfinite", how many are NaN or infinite.
         """
 
     def export(self) -> Arrays:
@@ -101,8 +122,22 @@ class Backend(Protocol):
     def score(self, model: Any, objective: Objective, batch: Batch) -> dict[str, float]:
         """The objective's sums without gradients, dropout off."""
 
-    def gradients(self, model: Any, objective: Objective, batch: Batch) -> Arrays:
-        """d(loss / weight) / d(parameter) under canonical names."""
+    def parameters(self, model: Any) -> dict[str, Registered]:
+        """Everything the framework has registered, frozen weights included, whether the table knows it or not."""
+
+    def gradients(
+        self, model: Any, objective: Objective, batch: Batch, *, wrt: Literal["parameters", "inputs"] = "parameters"
+    ) -> Arrays:
+        """d(loss / weight) / d(parameter) under canonical names, dropout off; zero where nothing depends on it.
+
+        With `wrt="inputs"` {"inputs": (B, L, H)}, with respect to what `model.inputs` returns.
+        """
+
+    def activations(self, model: Any, batch: Batch) -> Arrays:
+        """Outputs by module path, in the order in which the modules finish; then "inputs" and "logprobs". Dropout off.
+
+        Only modules that return one array; of a module that runs several times the first output.
+        """
 
     def session(self, model: Any) -> Session:
         """A fresh decoding session."""
@@ -141,6 +176,27 @@ def optimizer_groups(spec: Spec) -> dict[tuple[str, bool], list[str]]:
     for name, param in spec.params().items():
         groups.setdefault((param.group, param.decay), []).append(name)
     return groups
+
+
+def probe_records(table: Mapping[str, Sequence[float]], sizes: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """One record a parameter from its figures in the order of PROBE; "zeros" comes as a count, of `sizes` elements."""
+    records = {name: dict(zip(PROBE, figures, strict=True)) for name, figures in table.items()}
+    return {name: record | {"zeros": record["zeros"] / sizes[name]} for name, record in records.items()}
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of one instance (or class) replaced for a while; what was inherited is inherited again."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def expect_names(expected: Iterable[str], given: Iterable[str], what: str) -> None:

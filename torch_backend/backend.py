@@ -2,13 +2,16 @@
 
 import resource
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mlx_training.backend import Arrays, Optim, Runtime
+from mlx_training.backend import Arrays, Optim, Registered, Runtime, replaced
 from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
@@ -65,15 +68,61 @@ class Backend:
         sums = objective(model, self.to_device(batch))
         return {name: float(value) for name, value in sums.items()}
 
-    def gradients(self, model: LanguageModel, objective: Objective, batch: Batch) -> Arrays:
-        model.eval()
-        sums = objective(model, self.to_device(batch))
-        parameters = self._trainable(model)
-        gradients = torch.autograd.grad(sums["loss"] / sums["weight"], list(parameters.values()), allow_unused=True)
+    def parameters(self, model: LanguageModel) -> dict[str, Registered]:
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        known = {**dict(model.named_parameters()), **model.state_dict()}  # packed weights are buffers
         return {
-            name: np.zeros(p.shape, np.float32) if g is None else g.float().cpu().numpy()
-            for (name, p), g in zip(parameters.items(), gradients, strict=True)
+            name.replace(".packed", ".weight"): Registered(tuple(p.shape), name in trainable)
+            for name, p in known.items()
         }
+
+    def gradients(
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        batch: Batch,
+        *,
+        wrt: Literal["parameters", "inputs"] = "parameters",
+    ) -> Arrays:
+        model.eval()
+        batch = self.to_device(batch)
+
+        def mean() -> Tensor:
+            sums = objective(model, batch)
+            return sums["loss"] / sums["weight"]
+
+        if wrt == "inputs":
+            embed = model.inputs
+            with torch.no_grad():
+                change = torch.zeros_like(embed(batch), requires_grad=True)
+            with replaced(model, "inputs", lambda batch: embed(batch) + change):
+                return _gradients(mean(), {"inputs": change})
+        return _gradients(mean(), self._trainable(model))
+
+    @torch.no_grad()
+    def activations(self, model: LanguageModel, batch: Batch) -> Arrays:
+        model.eval()
+        outputs: dict[str, Tensor] = {}
+        inputs, embed = [], model.inputs
+
+        def record(path: str) -> Callable[..., None]:
+            def hook(_module: Any, _args: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    outputs.setdefault(path, output)
+
+            return hook
+
+        def recorded(batch: Batch) -> Tensor:
+            inputs.append(embed(batch))
+            return inputs[-1]
+
+        with ExitStack() as stack:
+            for path, module in model.named_modules():
+                if path:
+                    stack.callback(module.register_forward_hook(record(path)).remove)
+            stack.enter_context(replaced(model, "inputs", recorded))
+            logprobs = model.logprobs(self.to_device(batch))
+        return {path: _numpy(x) for path, x in (outputs | {"inputs": inputs[0], "logprobs": logprobs}).items()}
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()
@@ -101,6 +150,18 @@ class Backend:
     def _trainable(self, model: LanguageModel) -> dict[str, torch.nn.Parameter]:
         parameters = dict(model.named_parameters())
         return {name: parameters[name] for name in model.spec.params()}
+
+
+def _gradients(loss: Tensor, variables: dict[str, Tensor]) -> Arrays:
+    """d(loss) / d(variable); zero where the loss does not depend on it."""
+    reached = {name: x for name, x in variables.items() if x.requires_grad and loss.requires_grad}
+    found = torch.autograd.grad(loss, list(reached.values()), allow_unused=True) if reached else ()
+    gradients = {name: np.zeros(tuple(x.shape), np.float32) for name, x in variables.items()}
+    return gradients | {name: _numpy(g) for name, g in zip(reached, found, strict=True) if g is not None}
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()
 
 
 def _device(name: str) -> str:

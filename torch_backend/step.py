@@ -7,15 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, step_seed
+from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, probe_records, step_seed
 from mlx_training.data.batch import Batch
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 from torch_backend.layers import LanguageModel
 
+HONOURS_FOUND_INF = ("cpu", "cuda")  # devices whose fused kernel reads it; Metal's takes the argument and ignores it
+
 
 class Step:
-    """Gradients over micro-batches, one division by their total weight, clipping, AdamW."""
+    """Gradients over micro-batches, one division by their total weight, clipping, AdamW.
+
+    An update that is not finite is skipped by the device, so that nobody has to wait for its result.
+    """
 
     def __init__(
         self,
@@ -45,7 +50,14 @@ class Step:
             fused=True,
         )
 
-    def __call__(self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float]) -> dict[str, Any]:
+    @property
+    def num_compilations(self) -> int:
+        """Functions traced for compilation so far: none."""
+        return 0
+
+    def __call__(
+        self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float], probe: bool = False
+    ) -> dict[str, Any]:
         torch.manual_seed(step_seed(self.seed, step))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -54,20 +66,45 @@ class Step:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         torch._foreach_div_(gradients, weight)
         norm = torch.nn.utils.get_total_norm(gradients)
+        skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
+        before = [_before(p, g) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
         if self.optim.grad_clip_norm is not None:
             torch._foreach_mul_(gradients, (self.optim.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         for p, gradient in zip(self.parameters.values(), gradients, strict=True):
             p.grad = gradient  # zero where a batch did not use the parameter: it decays all the same
         for group in self.optimizer.param_groups:
             group["lr"] = lr[group["group"]]
-        self.optimizer.step()
-        return {"loss": loss / weight, "weight": weight, "grad_norm": norm}
+        self._update(skipped)
+        metrics = {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
+        return metrics | {"probe": self._probe(before)} if probe else metrics
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         sums = self.objective(self.model, batch)
         if sums["loss"].requires_grad:  # not so for rows without series in front of a frozen LM
             sums["loss"].backward()
         return sums["loss"].detach(), sums["weight"]
+
+    def _update(self, skipped: Tensor) -> None:
+        if skipped.device.type in HONOURS_FOUND_INF:
+            self.optimizer.found_inf = skipped
+            return self.optimizer.step()
+        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        before = {name: p.clone() for name, p in tensors.items()}
+        before |= {(n, k): v.clone() for n, p in self.parameters.items() for k, v in self.optimizer.state[p].items()}
+        self.optimizer.step()
+        tensors |= {(n, k): v for n, p in self.parameters.items() for k, v in self.optimizer.state[p].items()}
+        for name, tensor in tensors.items():  # a state that is new here was zero before
+            tensor.copy_(torch.where(skipped > 0, before.get(name, torch.zeros_like(tensor)), tensor))
+
+    def _probe(self, before: list[tuple[Tensor, list[Tensor]]]) -> dict[str, dict[str, float]]:
+        rows = []
+        for p, (old, (grad_norm, zeros, nonfinite)) in zip(self.parameters.values(), before, strict=True):
+            state = self.optimizer.state[p]
+            moments = [state.get(key, torch.zeros_like(old)) for key in ("exp_avg", "exp_avg_sq")]
+            norms = [_norm(x) for x in (old, p.detach() - old, *moments)]
+            rows.append(torch.stack([grad_norm, *norms, zeros.float(), nonfinite.float()]))
+        table = dict(zip(self.parameters, torch.stack(rows).tolist(), strict=True))
+        return probe_records(table, {name: p.numel() for name, p in self.parameters.items()})
 
     def export(self) -> Arrays:
         """Optimiser state by canonical name; zeros where no step has been taken yet."""
@@ -90,3 +127,14 @@ class Step:
                 "exp_avg": torch.tensor(arrays[f"{name}.m"], device=p.device),
                 "exp_avg_sq": torch.tensor(arrays[f"{name}.v"], device=p.device),
             }
+
+
+def _before(p: Tensor, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What a probe must look at before clipping and update: the parameter, and figures of its gradient."""
+    return p.detach().clone(), [_norm(gradient), (gradient == 0).sum(), (~gradient.isfinite()).sum()]
+
+
+def _norm(x: Tensor) -> Tensor:
+    """L2 norm whose squares cannot underflow: a gradient of 1e-30 is not zero."""
+    scale = x.abs().max()
+    return torch.where((scale > 0) & scale.isfinite(), scale * (x / scale).norm(), scale)

@@ -2,14 +2,16 @@
 
 import resource
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_training.backend import Arrays, Optim, Runtime
+from mlx_training.backend import Arrays, Optim, Registered, Runtime, replaced
 from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
@@ -64,18 +66,70 @@ class Backend:
         sums = objective(model, self.to_device(batch))
         return {name: float(value) for name, value in sums.items()}
 
-    def gradients(self, model: LanguageModel, objective: Objective, batch: Batch) -> Arrays:
-        model.eval()
-        batch, parameters = self.to_device(batch), self._trainable(model)
+    def parameters(self, model: LanguageModel) -> dict[str, Registered]:
+        trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
+        known = tree_flatten(model.parameters())
+        return {name: Registered(tuple(p.shape), name in trainable) for name, p in known}
 
-        def loss(parameters: dict[str, mx.array]) -> mx.array:
-            model.update(tree_unflatten(list(parameters.items())))
+    def gradients(
+        self,
+        model: LanguageModel,
+        objective: Objective,
+        batch: Batch,
+        *,
+        wrt: Literal["parameters", "inputs"] = "parameters",
+    ) -> Arrays:
+        model.eval()
+        batch = self.to_device(batch)
+
+        def mean() -> mx.array:
             sums = objective(model, batch)
             return sums["loss"] / sums["weight"]
 
+        if wrt == "inputs":
+            embed = model.inputs
+
+            def moved(change: mx.array) -> mx.array:
+                with replaced(model, "inputs", lambda batch: embed(batch) + change):
+                    return mean()
+
+            return {"inputs": _numpy(mx.grad(moved)(mx.zeros_like(embed(batch))))}
+
+        def loss(parameters: dict[str, mx.array]) -> mx.array:
+            model.update(tree_unflatten(list(parameters.items())))
+            return mean()
+
+        parameters = self._trainable(model)
         gradients = mx.grad(loss)(parameters)
         model.update(tree_unflatten(list(parameters.items())))
-        return {name: np.array(g.astype(mx.float32)) for name, g in gradients.items()}
+        return {name: _numpy(g) for name, g in gradients.items()}
+
+    def activations(self, model: LanguageModel, batch: Batch) -> Arrays:
+        model.eval()
+        outputs: dict[str, mx.array] = {}
+        inputs, embed = [], model.inputs
+        paths = {id(module): path for path, module in model.named_modules() if path}
+
+        def record(cls: type, call: Callable[..., Any]) -> Callable[..., Any]:
+            def recording(module: Any, *args: Any, **kwargs: Any) -> Any:
+                output = call(module, *args, **kwargs)
+                if type(module) is cls and id(module) in paths and isinstance(output, mx.array):
+                    outputs.setdefault(paths[id(module)], output)
+                return output
+
+            return recording
+
+        def recorded(batch: Batch) -> mx.array:
+            inputs.append(embed(batch))
+            return inputs[-1]
+
+        with ExitStack() as stack:  # MLX has no hooks: for a while the classes themselves record
+            for cls, call in {type(m): type(m).__call__ for _, m in model.named_modules()}.items():
+                if any("__call__" in vars(base) for base in cls.__mro__):
+                    stack.enter_context(replaced(cls, "__call__", record(cls, call)))
+            stack.enter_context(replaced(model, "inputs", recorded))
+            logprobs = model.logprobs(self.to_device(batch))
+        return {path: _numpy(x) for path, x in (outputs | {"inputs": inputs[0], "logprobs": logprobs}).items()}
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()
@@ -98,6 +152,10 @@ class Backend:
     def _trainable(self, model: LanguageModel) -> dict[str, mx.array]:
         parameters = dict(tree_flatten(model.parameters()))
         return {name: parameters[name] for name in model.spec.params()}
+
+
+def _numpy(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32))
 
 
 def _device(name: str) -> mx.Device:

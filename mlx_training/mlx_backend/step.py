@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, step_seed
+from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, probe_records, step_seed
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.layers import LanguageModel
 from mlx_training.objectives import Objective
@@ -22,6 +22,7 @@ class Step:
 
     The compiled functions are pure: parameters and optimiser state go in and come out, so nothing can be lost by
     a capture that was forgotten. Only the random state is captured (dropout). One trace a batch shape.
+    An update that is not finite is skipped by the device, so that nobody has to wait for its result.
     """
 
     def __init__(
@@ -41,17 +42,27 @@ class Step:
         for key, names in self.groups.items():
             self.optimizers[key].init({name: parameters[name] for name in names})
         self.state = {key: optimizer.state for key, optimizer in self.optimizers.items()}
+        self._num_traces = 0
+        counted = [self._counted(f) for f in (self._gradients, self._update, self._whole)]
         self._compiled_gradients, self._compiled_update, self._compiled_whole = (
-            mx.compile(f, mx.random.state, mx.random.state) for f in (self._gradients, self._update, self._whole)
+            mx.compile(f, mx.random.state, mx.random.state) for f in counted
         )
 
-    def __call__(self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float]) -> dict[str, Any]:
+    @property
+    def num_compilations(self) -> int:
+        """Functions traced for compilation so far."""
+        return self._num_traces
+
+    def __call__(
+        self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float], probe: bool = False
+    ) -> dict[str, Any]:
         mx.random.seed(step_seed(self.seed, step))
         self.model.train()
         rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
         arrays = [self.to_device(batch).arrays() for batch in batches]
         parameters, states = self._parameters(), list(self.state.values())
-        if len(arrays) == 1:
+        before = parameters
+        if len(arrays) == 1 and not probe:
             parameters, states, metrics = self._compiled_whole(parameters, states, arrays[0], rates)
         else:
             sums, gradients = self._compiled_gradients(parameters, arrays[0])
@@ -63,7 +74,10 @@ class Step:
         self.state = dict(zip(self.state, states, strict=True))
         self._attach(parameters)
         mx.async_eval(parameters, states, metrics)
-        return metrics
+        if not probe:
+            return metrics
+        gradients = {name: g / sums[1] for name, g in gradients.items()}
+        return metrics | {"probe": self._probe(gradients, before, parameters)}
 
     def _gradients(self, parameters: Flat, arrays: dict[str, mx.array]) -> tuple[list[mx.array], Flat]:
         def loss(parameters: Flat) -> tuple[mx.array, mx.array]:
@@ -78,6 +92,7 @@ class Step:
         self, parameters: Flat, states: list[dict], sums: list[mx.array], gradients: Flat, rates: Flat
     ) -> tuple[Flat, list[dict], dict[str, mx.array]]:
         loss, weight = sums
+        old_states = tree_map(lambda x: x, states)  # the optimiser writes into `states`
         gradients = {name: g / weight for name, g in gradients.items()}
         if self.optim.grad_clip_norm is not None:
             gradients, norm = optim.clip_grad_norm(gradients, self.optim.grad_clip_norm)
@@ -91,13 +106,37 @@ class Step:
             group = {name: parameters[name] for name in names}
             updated |= optimizer.apply_gradients({name: gradients[name] for name in names}, group)
         new_states = [optimizer.state for optimizer in self.optimizers.values()]
-        return updated, new_states, {"loss": loss / weight, "weight": weight, "grad_norm": norm}
+        is_finite = mx.isfinite(loss) & mx.isfinite(norm)
+        updated, new_states = tree_map(
+            lambda new, old: mx.where(is_finite, new, old), (updated, new_states), (parameters, old_states)
+        )
+        skipped = 1 - is_finite.astype(mx.float32)
+        return updated, new_states, {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
 
     def _whole(
         self, parameters: Flat, states: list[dict], arrays: dict[str, mx.array], rates: Flat
     ) -> tuple[Flat, list[dict], dict[str, mx.array]]:
         sums, gradients = self._gradients(parameters, arrays)
         return self._update(parameters, states, sums, gradients, rates)
+
+    def _counted(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, counting how often Python runs it: once a trace."""
+
+        def counted(*args: Any) -> Any:
+            self._num_traces += 1
+            return f(*args)
+
+        return counted
+
+    def _probe(self, gradients: Flat, before: Flat, after: Flat) -> dict[str, dict[str, float]]:
+        states = {name: state[name] for state in self.state.values() for name in state if name in gradients}
+        rows = []
+        for name, g in gradients.items():
+            moments = [states.get(name, {}).get(key, mx.zeros_like(g)) for key in "mv"]
+            norms = [_norm(x) for x in (g, before[name], after[name] - before[name], *moments)]
+            rows.append(mx.stack([*norms, (g == 0).sum(), mx.logical_not(mx.isfinite(g)).sum()]))
+        table = dict(zip(gradients, mx.stack(rows).tolist(), strict=True))
+        return probe_records(table, {name: g.size for name, g in gradients.items()})
 
     def _parameters(self) -> Flat:
         return dict(tree_flatten(self.model.trainable_parameters()))
@@ -128,3 +167,9 @@ class Step:
             state["step"] = mx.array(int(arrays["step"]), mx.uint64)
             for name in names:
                 state[name] = {k: mx.array(arrays[f"{name}.{k}"]) for k in "mv"}
+
+
+def _norm(x: mx.array) -> mx.array:
+    """L2 norm whose squares cannot underflow: a gradient of 1e-30 is not zero."""
+    scale = mx.abs(x).max()
+    return mx.where((scale > 0) & mx.isfinite(scale), scale * mx.linalg.norm(x / scale), scale)
