@@ -1,0 +1,1 @@
+"""Why a run does not learn: the doctor's checks, gradient report, step profile, memory and time plan."""

@@ -1,0 +1,19 @@
+"""Planted faults: small ways in which real projects break, planted from outside on the public objects of a Subject."""
+
+from tests.doctor import lookalikes
+from tests.doctor.faults import adamw, data, gradients, model, runs, update
+from tests.doctor.faults.base import FAULTS, LOOKALIKES, Fault, Lookalike
+
+__all__ = [
+    "FAULTS",
+    "LOOKALIKES",
+    "Fault",
+    "Lookalike",
+    "adamw",
+    "data",
+    "gradients",
+    "lookalikes",
+    "model",
+    "runs",
+    "update",
+]
