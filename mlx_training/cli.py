@@ -29,6 +29,7 @@ class Verb:
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Result]
     show: Callable[[Result], str]
+    exit_code: Callable[[Result], int] = lambda result: 0
 
 
 def _train(args: argparse.Namespace) -> Result:
@@ -59,6 +60,38 @@ def _validate(args: argparse.Namespace) -> Result:
     from mlx_training.config import load_config
 
     return validate(load_config(args.config, _overrides(args)))
+
+
+def _doctor(args: argparse.Namespace) -> Result:
+    from mlx_training.config import load_config
+    from mlx_training.diagnostics import doctor
+    from mlx_training.environment import installed_backends
+
+    names = list(installed_backends()) if args.backend == "both" else [args.backend]
+    is_run = Path(args.config).is_dir()
+    if is_run and args.overrides:
+        raise UserError(f"doctor {args.config}: a run keeps its configuration; leave {' '.join(args.overrides)} out")
+    reports = []
+    for name in names:
+        if len(names) > 1:
+            print(f"--- {name}", flush=True)
+        if is_run:
+            report = doctor.examine_run(Path(args.config), name, full=args.full, watch=print)
+        else:
+            config = load_config(args.config, args.overrides)
+            report = doctor.examine_config(config, name, full=args.full, watch=print)
+        reports.append(report.to_json())
+    if len(reports) == 1:
+        return reports[0]
+    cause = next((report["cause"] for report in reports if report["cause"]), None)
+    return {"healthy": all(report["healthy"] for report in reports), "cause": cause, "reports": reports}
+
+
+def _plan(args: argparse.Namespace) -> Result:
+    from mlx_training.config import load_config
+    from mlx_training.diagnostics.plan import plan
+
+    return plan(load_config(args.config, _overrides(args)))
 
 
 def _env(args: argparse.Namespace) -> Result:
@@ -131,6 +164,20 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _backend_argument(parser, "the run's")
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG|RUN", help="YAML file, shipped name, or directory of a training run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the configuration")
+    parser.add_argument("--backend", choices=("mlx", "torch", "both"), help="default: the configuration's")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", dest="full", action="store_false", default=False, help="what takes seconds (default)")
+    level.add_argument("--full", action="store_true", help="also resume, MLX = PyTorch, more rows and more steps")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    _backend_argument(parser, "the configuration's")
+
+
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a training run (its output_dir)")
 
@@ -152,6 +199,16 @@ def _show_tree(result: Any, indent: str = "") -> str:
         else:
             lines.append(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")
     return "\n".join(lines)
+
+
+def _show_doctor(result: Result) -> str:
+    return "\n".join(report["summary"] for report in result.get("reports", [result]))
+
+
+def _show_plan(result: Result) -> str:
+    from mlx_training.diagnostics.plan import show
+
+    return show(result)
 
 
 def _show_rows(result: Result) -> str:
@@ -196,6 +253,21 @@ VERBS: dict[str, Verb] = {
         _validate,
         _show_tree,
     ),
+    "doctor": Verb(
+        "name the cause of zero, exploding or NaN gradients, wrong data and slow steps",
+        "mlx-training doctor quick_test --backend both",
+        _doctor_arguments,
+        _doctor,
+        _show_doctor,
+        lambda result: 0 if result["healthy"] else 1,
+    ),
+    "plan": Verb(
+        "parameters, FLOPs, memory and time of a configuration, before anything is built",
+        "mlx-training plan timeseries/llama_3_2_1b",
+        _plan_arguments,
+        _plan,
+        _show_plan,
+    ),
     "env": Verb(
         "backends, devices and versions on this machine", "mlx-training env --json", _no_arguments, _env, _show_tree
     ),
@@ -213,7 +285,7 @@ VERBS: dict[str, Verb] = {
 def usage() -> str:
     """What `mlx-training --help` prints."""
     verbs = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
-    examples = "\n".join(f"  {VERBS[name].example}" for name in ("train", "evaluate", "generate", "validate"))
+    examples = "\n".join(f"  {VERBS[name].example}" for name in ("train", "evaluate", "doctor", "plan"))
     return f"""usage: mlx-training VERB ... [--json]
 
 Train time-series language models and small language models, on MLX or PyTorch, from one YAML.
@@ -225,7 +297,7 @@ examples:
 {examples}
 
 `mlx-training VERB --help` explains a verb. With --json the last line of stdout is one JSON object.
-Exit codes: 0 fine, 2 configuration, 3 data or checkpoint, 4 diverged, 130/143 interrupted.
+Exit codes: 0 fine, 1 the doctor found a fault, 2 configuration, 3 data or checkpoint, 4 diverged, 130/143 interrupted.
 """
 
 
@@ -263,7 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = verb.run(args)
             print(json.dumps(_jsonable(result), ensure_ascii=False, allow_nan=False), flush=True)
         else:
-            print(verb.show(verb.run(args)), flush=True)
+            result = verb.run(args)
+            print(verb.show(result), flush=True)
+        return verb.exit_code(result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -281,7 +355,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return DataError.exit_code
-    return 0
 
 
 def _jsonable(value: Any) -> Any:

@@ -28,6 +28,7 @@ Split = Literal["train", "validation", "test"]
 Names = Annotated[tuple[str, ...], as_tuple]
 Groups = Annotated[tuple[str | int, ...], as_tuple]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Factor = Annotated[float, Field(gt=1)]
 
 
 class Experiment(Section):
@@ -228,6 +229,17 @@ class Logging(Section):
     """Its project there."""
 
 
+class Diagnostics(Section):
+    probe_every_steps: Count | None = None
+    """Write the norms of gradients, weights and updates to gradients.jsonl after this many steps; null: never."""
+    max_skipped_steps: Count = 5
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run stops (exit code 4)."""
+    spike_factor: Factor | None = 4.0
+    """A logged loss above this many times the median of the last 20 is marked as a spike; null: never."""
+    unmoved_after_steps: Count | None = 50
+    """Name the parameters that have not moved after this many steps; null: never."""
+
+
 class RunConfig(Section):
     """Everything a run is made from."""
 
@@ -244,6 +256,7 @@ class RunConfig(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: Logging = Logging()
+    diagnostics: Diagnostics = Diagnostics()
 
     @property
     def learning_rates(self) -> dict[str, float]:

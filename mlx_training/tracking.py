@@ -1,7 +1,7 @@
 """Where a run's numbers go: always `metrics.jsonl`; also a progress line and Weights & Biases.
 
 A record is one flat mapping of names to numbers or strings. Names the progress line knows: `loss`, `lr` or
-`lr/<group>`, `grad_norm`, `tokens_per_second`, `memory_gb`; anything under `eval/` is an evaluation.
+`lr/<group>`, `grad_norm`, `spike`, `skipped`, `tokens_per_second`, `memory_gb`; under `eval/` is an evaluation.
 """
 
 import json
@@ -45,22 +45,28 @@ class Tracker:
 
 
 class JsonLines:
-    """One JSON object a line in `metrics.jsonl`, flushed at once. NaN and infinities are written as strings."""
+    """One JSON object a line of a file, flushed at once. NaN and infinities, at any depth, are written as strings."""
 
-    def __init__(self, path: str | Path, *, from_step: int = 0) -> None:
-        """Append to `path`, after dropping the lines past `from_step`, where the run is resumed (0: all lines)."""
+    def __init__(self, path: str | Path, *, from_step: int = 0, lazy: bool = False) -> None:
+        """Append to `path`, after dropping the lines past `from_step`, where the run is resumed (0: all lines).
+
+        `lazy`: make the file with the first record.
+        """
         path = Path(path)
         if path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= from_step] if from_step else []
             write_atomic(path, "".join(_line(record) for record in kept))
-        self.file = path.open("a", encoding="utf-8")
+        self.path = path
+        self.file = None if lazy else path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
+        self.file = self.file or self.path.open("a", encoding="utf-8")
         self.file.write(_line(record))
         self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 class WandbSink:
@@ -202,19 +208,28 @@ def read_metrics(path: str | Path) -> list[Record]:
         except ValueError:  # only the line a kill cut short; the step it belongs to is trained again
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(
-                {k: NOT_FINITE.get(v, v) if isinstance(v, str) and k != "step" else v for k, v in record.items()}
-            )
+            records.append(_restored(record))
     return records
 
 
 def _line(record: Record) -> str:
-    written = {}
-    for name, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            value = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        written[name] = value
-    return json.dumps(written, allow_nan=False) + "\n"
+    return json.dumps(_writable(record), allow_nan=False) + "\n"
+
+
+def _writable(value: Any) -> Any:
+    """The value with its non-finite numbers, at any depth, as strings."""
+    if isinstance(value, Mapping):
+        return {name: _writable(inner) for name, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _restored(value: Any) -> Any:
+    """The value with its non-finite numbers as numbers again."""
+    if isinstance(value, dict):
+        return {name: _restored(inner) for name, inner in value.items()}
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:
@@ -234,6 +249,10 @@ def _parts(record: Record) -> list[str]:
         parts += [f"lr {name} {value:.2e}" for name, value in rates.items()]
     if "grad_norm" in record:
         parts.append(f"grad_norm {record['grad_norm']:.2e}")  # "%.2f" of a small norm reads as a dead gradient
+    if "spike" in record:
+        parts.append("spike")
+    if "skipped" in record:
+        parts.append(f"skipped {record['skipped']}")
     if "tokens_per_second" in record:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if "memory_gb" in record:

@@ -16,6 +16,8 @@ from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
 from mlx_training.backend import Optim
 from mlx_training.checkpoint import CheckpointStore, claim_run_directory, write_atomic
 from mlx_training.config import RunConfig, to_yaml
+from mlx_training.diagnostics import norms
+from mlx_training.diagnostics.guard import ADVICE, Guard
 from mlx_training.environment import git_state, versions
 from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
@@ -23,12 +25,7 @@ from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
 from mlx_training.resume import find_checkpoint
-from mlx_training.tracking import Tracker, open_tracker
-
-ADVICE = (
-    "What was saved before is intact. Try a lower training.learning_rate, training.grad_clip_norm: 1.0 or more "
-    "warm-up, and look for odd rows in the data"
-)
+from mlx_training.tracking import JsonLines, Tracker, open_tracker
 
 
 @dataclass
@@ -39,7 +36,8 @@ class Progress:
     evaluations_without_improvement: int = 0
     evaluated: int = 0  # step of the last evaluation
     tokens: int = 0  # supervised tokens seen
-    loss: float = math.nan  # of the last step that was read
+    skipped: int = 0  # updates that were not finite
+    loss: float = math.nan  # of the last finite step that was read
     seconds: float = 0.0
     stopped_early: bool = False
 
@@ -79,6 +77,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
     print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
     evaluator = Evaluator(config, backend, model, assembly.data)
+    guard = Guard(assembly, backend, model, lm, run=run, step=first, skipped=progress.skipped)
     cadence = Cadence(config, total_steps, batches.num_batches)
     accumulation = config.training.grad_accumulation_steps
     number, timer = first, StepTimer()
@@ -86,6 +85,7 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
     with (
         interruptible() as interrupted,
         closing(tracker_of(run, config, first, total_steps)) as tracker,
+        closing(JsonLines(run / norms.FILE, from_step=first, lazy=True)) as probe_log,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
     ):
 
@@ -108,7 +108,11 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
             number += 1
             rates = learning_rates(config, number, total_steps)
             micro_batches = [next(stream) for _ in range(accumulation)]
-            metrics = step(micro_batches, step=number, lr=rates)
+            probes = cadence.probes(number)
+            metrics = step(micro_batches, step=number, lr=rates, probe=probes)
+            guard.watch(number, metrics, micro_batches)
+            if probes:
+                probe_log.log(norms.record_of(number, metrics["probe"], assembly.spec))
             num_tokens = sum(batch.num_supervised for batch in micro_batches)
             progress.tokens += num_tokens
             timer.count(num_tokens)
@@ -117,12 +121,13 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
             evaluates = cadence.evaluates(number) and not stopping
             saves = evaluates or cadence.saves(number) or stopping
             if saves or cadence.logs(number):
-                progress.loss, norm = read_finite(metrics, number)
-                progress.seconds = base_seconds + time.monotonic()
-                values = {"loss": progress.loss, "grad_norm": norm, **{f"lr/{g}": rate for g, rate in rates.items()}}
-                tracker.log(number, values | timer.read() | {"memory_gb": backend.peak_memory() / 1e9})
+                seen = guard.read()
+                progress.loss = seen["loss"] if math.isfinite(seen["loss"]) else progress.loss
+                progress.skipped, progress.seconds = guard.skipped, base_seconds + time.monotonic()
+                values = seen | {f"lr/{group}": rate for group, rate in rates.items()} | timer.read()
+                tracker.log(number, values | {"memory_gb": backend.peak_memory() / 1e9})
             improved = evaluates and evaluate()
-            if saves:
+            if saves and (evaluates or stopping or not guard.in_a_row):  # else the last update may have been a bad one
                 save(best=improved)
         if interrupted:
             raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
@@ -199,14 +204,6 @@ def judge(config: RunConfig, progress: Progress, values: dict[str, float], step:
     return False
 
 
-def read_finite(metrics: dict[str, Any], step: int) -> tuple[float, float]:
-    """Loss and gradient norm as numbers; waits for the device. Raises DivergedError when one is not finite."""
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if math.isfinite(loss) and math.isfinite(norm):
-        return loss, norm
-    raise DivergedError(f"diverged by step {step}: loss {loss}, gradient norm {norm}. {ADVICE}")
-
-
 def describe_run(run: Path, assembly: Assembly, backend: str) -> None:
     """Write the resolved configuration, versions and git state beside the results."""
     config = assembly.config
@@ -217,14 +214,18 @@ def describe_run(run: Path, assembly: Assembly, backend: str) -> None:
 
 
 class Cadence:
-    """When to log, evaluate and save; the last step does all three."""
+    """When to probe, log, evaluate and save; the last step does the latter three."""
 
     def __init__(self, config: RunConfig, total_steps: int, num_batches: int) -> None:
         self.total_steps = total_steps
         epoch = max(1, num_batches // config.training.grad_accumulation_steps)
+        self.probe_every = config.diagnostics.probe_every_steps
         self.log_every = config.logging.every_steps
         self.evaluate_every = config.evaluation.every_steps or epoch
         self.save_every = config.checkpoint.every_steps or self.evaluate_every
+
+    def probes(self, step: int) -> bool:
+        return self.probe_every is not None and step % self.probe_every == 0
 
     def logs(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self.total_steps

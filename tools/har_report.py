@@ -36,7 +36,7 @@ from mlx_training.metrics import answer_metrics, normalise
 from mlx_training.objectives import Objective, Sums
 from mlx_training.spec import EncoderSpec, Param, Spec, TimeSeriesSpec
 from mlx_training.spec.param import linear
-from mlx_training.trainer import Cadence, Progress, judge, learning_rates, optim, plan, read_finite, train
+from mlx_training.trainer import Cadence, Progress, judge, learning_rates, optim, plan, train
 
 CONFIG, TEST = "timeseries/har", "test"
 VARIANTS = {
@@ -107,7 +107,7 @@ def train_control(config: RunConfig, run: Path) -> Result:
             micro_batches = [next(stream) for _ in range(accumulation)]
             metrics = step(micro_batches, step=number, lr=learning_rates(config, number, total_steps))
             if cadence.evaluates(number):
-                progress.loss, _ = read_finite(metrics, number)
+                progress.loss = float(metrics["loss"])
                 values, _ = score_control(backend, model, data, config.evaluation.split, config.evaluation.max_rows)
                 if judge(config, progress, values, number):
                     best = backend.export(model)

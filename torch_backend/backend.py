@@ -103,7 +103,8 @@ class Backend:
     def activations(self, model: LanguageModel, batch: Batch) -> Arrays:
         model.eval()
         outputs: dict[str, Tensor] = {}
-        inputs, embed = [], model.inputs
+        last: dict[str, Tensor] = {}
+        embed: Any = getattr(model, "inputs", None)  # somebody's own model need not have one
 
         def record(path: str) -> Callable[..., None]:
             def hook(_module: Any, _args: Any, output: Any) -> None:
@@ -113,16 +114,18 @@ class Backend:
             return hook
 
         def recorded(batch: Batch) -> Tensor:
-            inputs.append(embed(batch))
-            return inputs[-1]
+            x_BLH = embed(batch)
+            last.setdefault("inputs", x_BLH)
+            return x_BLH
 
         with ExitStack() as stack:
             for path, module in model.named_modules():
                 if path:
                     stack.callback(module.register_forward_hook(record(path)).remove)
-            stack.enter_context(replaced(model, "inputs", recorded))
+            if embed is not None:
+                stack.enter_context(replaced(model, "inputs", recorded))
             logprobs = model.logprobs(self.to_device(batch))
-        return {path: _numpy(x) for path, x in (outputs | {"inputs": inputs[0], "logprobs": logprobs}).items()}
+        return {path: _numpy(x) for path, x in (outputs | last | {"logprobs": logprobs}).items()}
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()

@@ -85,16 +85,20 @@ class Step:
         return sums["loss"].detach(), sums["weight"]
 
     def _update(self, skipped: Tensor) -> None:
-        if skipped.device.type in HONOURS_FOUND_INF:
+        if skipped.device.type in HONOURS_FOUND_INF and self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = skipped
-            return self.optimizer.step()
-        tensors = {name: p.detach() for name, p in self.parameters.items()}
-        before = {name: p.clone() for name, p in tensors.items()}
-        before |= {(n, k): v.clone() for n, p in self.parameters.items() for k, v in self.optimizer.state[p].items()}
+            self.optimizer.step()
+            return
+        before = {name: tensor.clone() for name, tensor in self._tensors().items()}
         self.optimizer.step()
-        tensors |= {(n, k): v for n, p in self.parameters.items() for k, v in self.optimizer.state[p].items()}
-        for name, tensor in tensors.items():  # a state that is new here was zero before
+        for name, tensor in self._tensors().items():  # a state that is new here was zero before
             tensor.copy_(torch.where(skipped > 0, before.get(name, torch.zeros_like(tensor)), tensor))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
+        return tensors
 
     def _probe(self, before: list[tuple[Tensor, list[Tensor]]]) -> dict[str, dict[str, float]]:
         rows = []

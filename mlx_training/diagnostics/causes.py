@@ -157,6 +157,12 @@ CAUSES: dict[str, Cause] = {
         "AdamW runs without bias correction: the first steps are about 3 times too long",
         "MLX: optim.AdamW(..., bias_correction=True)",
     ),
+    "learning_rate_too_small": Cause(
+        "at this learning rate nothing can move far in the whole run", "raise it; AdamW moves by about the rate a step"
+    ),
+    "state_lost": Cause(
+        "the optimiser's state does not survive from step to step", "build the optimiser once, before the loop"
+    ),
     "decay_coupled": Cause("weight decay is added to the gradient (L2), not decoupled", "use AdamW, not Adam"),
     "decay_ignored": Cause("weight decay is not applied where the table says so", "pass weight_decay to its group"),
     "decay_everywhere": Cause(

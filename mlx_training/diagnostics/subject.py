@@ -35,6 +35,7 @@ class Subject:
     seed: int = 0
     accumulation: int = 1
     fresh: bool = True  # parameters have their initial values
+    trained: bool = False  # parameters are the outcome of training
     data: Data | None = None
     config: RunConfig | None = None
     make_step: Callable[["Subject"], Step] = field(default=lambda subject: subject.default_step())

@@ -107,7 +107,8 @@ class Backend:
     def activations(self, model: LanguageModel, batch: Batch) -> Arrays:
         model.eval()
         outputs: dict[str, mx.array] = {}
-        inputs, embed = [], model.inputs
+        last: dict[str, mx.array] = {}
+        embed: Any = getattr(model, "inputs", None)  # somebody's own model need not have one
         paths = {id(module): path for path, module in model.named_modules() if path}
 
         def record(cls: type, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,16 +121,18 @@ class Backend:
             return recording
 
         def recorded(batch: Batch) -> mx.array:
-            inputs.append(embed(batch))
-            return inputs[-1]
+            x_BLH = embed(batch)
+            last.setdefault("inputs", x_BLH)
+            return x_BLH
 
         with ExitStack() as stack:  # MLX has no hooks: for a while the classes themselves record
             for cls, call in {type(m): type(m).__call__ for _, m in model.named_modules()}.items():
                 if any("__call__" in vars(base) for base in cls.__mro__):
                     stack.enter_context(replaced(cls, "__call__", record(cls, call)))
-            stack.enter_context(replaced(model, "inputs", recorded))
+            if embed is not None:
+                stack.enter_context(replaced(model, "inputs", recorded))
             logprobs = model.logprobs(self.to_device(batch))
-        return {path: _numpy(x) for path, x in (outputs | {"inputs": inputs[0], "logprobs": logprobs}).items()}
+        return {path: _numpy(x) for path, x in (outputs | last | {"logprobs": logprobs}).items()}
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()

@@ -47,7 +47,7 @@ def healthy(case: str, backend: str, folder: Path) -> Any:
     subject = from_config(load_config(write_timeseries(folder)), backend)
     if case == "trained":
         subject.backend.load(subject.model, trained_arrays(backend))
-        subject.fresh = False
+        subject.fresh, subject.trained = False, True
     else:
         assert case == "timeseries", f"no case {case!r}"
     return subject

@@ -7,6 +7,12 @@ BASES: dict[str, tuple[str, ...]] = {
     "rows": (),
     "epochs": ("training.max_steps=null", "training.num_epochs=1"),
     "early stop": ("training.max_steps=6", "training.early_stopping_patience=1", "training.early_stopping_min_delta=9"),
+    "still": ("training.learning_rate=1e-12",),
+    "restless": ("training.max_steps=24", "training.learning_rate=10", "training.schedule=constant"),
+    "overflowing": (
+        *("training.max_steps=6", "training.learning_rate=1e38", "training.schedule=constant"),
+        *("evaluation.metrics=[accuracy]", "checkpoint.best=eval/accuracy", "diagnostics.max_skipped_steps=9"),
+    ),
     "tracked": ("logging.wandb=offline",),
     "hub": ("model.llm_id=someone/something",),
     "files": (
@@ -148,4 +154,8 @@ CASES: list[tuple[str, str, str, str]] = [
     ("logging.every_steps", "rows", "logging.every_steps=4", "lines"),
     ("logging.wandb", "tracked", "logging.wandb=online", "tracker"),
     ("logging.project", "tracked", "logging.project=other", "tracker"),
+    ("diagnostics.probe_every_steps", "rows", "diagnostics.probe_every_steps=2", "files"),
+    ("diagnostics.max_skipped_steps", "overflowing", "diagnostics.max_skipped_steps=2", "error"),
+    ("diagnostics.spike_factor", "restless", "diagnostics.spike_factor=1.0001", "lines"),
+    ("diagnostics.unmoved_after_steps", "still", "diagnostics.unmoved_after_steps=3", "lines"),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Runs that stop and go on: interrupted, resumed here or on the other backend, started from another, diverged."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -67,13 +68,13 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
 def test_a_signal_late_in_a_step(tiny: Workbench, late: int, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the log waits for the device: that step is not saved any more, but the next, or the last, is."""
 
-    def read(values: dict[str, Any], step: int) -> tuple[float, float]:
-        if step == late:
+    def read(guard: trainer.Guard) -> dict[str, Any]:
+        if next(numbers) == late:
             signal.raise_signal(signal.SIGINT)
-        return read_finite(values, step)
+        return read_step(guard)
 
-    read_finite = trainer.read_finite
-    monkeypatch.setattr(trainer, "read_finite", read)
+    numbers, read_step = itertools.count(1), trainer.Guard.read  # every step is logged
+    monkeypatch.setattr(trainer.Guard, "read", read)
     seldom = "training.max_steps=8", "checkpoint.every_steps=8", "evaluation.every_steps=8"
     code, _, err = tiny.main("train", tiny.config, *seldom)
     assert code == 130 and f"saved at step {saved};" in err

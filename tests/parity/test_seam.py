@@ -255,3 +255,22 @@ def test_number_of_compilations(backend_name: str, directory: Path) -> None:
         step(batches(spec, 1, batch_size=size), step=len(counts), lr=rates(spec, 1, 1))
         counts.append(step.num_compilations)
     assert counts == ([0, 1, 1, 2, 2] if backend_name == "mlx" else [0] * 5)
+
+
+def test_a_model_of_somebody_else_needs_no_inputs(backend_name: str, directory: Path) -> None:
+    spec = specs(directory)["decoder-untied"]
+    (batch,) = batches(spec, 1)
+    backend, model = realise(backend_name, spec)
+
+    module = type(model).__mro__[2]  # the framework's own: Decoder, LanguageModel, Module
+
+    class Wrapped(module):  # type: ignore[misc,valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def logprobs(self, batch: Batch) -> Any:
+            return self.inner.logprobs(batch)
+
+    found = backend.activations(Wrapped(), batch)
+    assert list(found)[-1] == "logprobs" and "inputs" not in found and "inner.model.layers.0.mlp" in found

@@ -78,7 +78,7 @@ def decay_on_norms_and_biases(subject: Subject) -> None:
     subject.make_step = Step
 
 
-@fault("update_wrong")
+@fault("state_lost")
 def optimizer_made_anew_every_step(subject: Subject) -> None:
     """The optimiser is created inside the loop: no moment survives a step."""
 
@@ -102,7 +102,7 @@ def betas_swapped(subject: Subject) -> None:
     subject.make_step = Step
 
 
-@fault("cannot_overfit", level="full")
+@fault("learning_rate_too_small")
 def rate_in_another_unit(subject: Subject) -> None:
     """The rate is a millionth of what was meant: everything moves, and nothing is learnt."""
     rates = subject.rates

@@ -1,0 +1,123 @@
+"""Arithmetic of a training step, from sizes alone: what is multiplied forward, and what backward really needs.
+
+A product of (m, k) and (k, n) is 2mkn operations. Attention counts the full square (the usual convention: Chowdhery et
+al. 2022, PaLM, appendix B), although a fused kernel may skip the masked half. Norms, activations and softmax are left
+out, as is usual: together below 2 % at real sizes.
+
+Shape suffixes: B rows, L tokens, K labels a row, S series, P patches a series.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from mlx_training.data.batch import Batch
+from mlx_training.spec import DecoderSpec, EncoderSpec, Spec, TimeSeriesSpec
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Shape of a micro-batch, padding included. `origin`: "data" (its longest batch) or "limits" (of the settings)."""
+
+    rows: int
+    tokens: int
+    labels: int
+    series: int = 0
+    patches: int = 0
+    origin: str = "data"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --json` shows."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LMShape:
+    """Sizes of a Llama-shaped language model; `query` and `key` are the widths of all heads together."""
+
+    hidden: int
+    ffn: int
+    num_layers: int
+    num_heads: int
+    query: int
+    key: int
+    vocab: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one micro-batch."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        """Both passes."""
+        return self.forward + self.backward
+
+
+def batch_shape(batch: Batch, patch_size: int = 1) -> BatchShape:
+    """The shape of a collated batch."""
+    (B, L), K = batch.tokens.shape, batch.targets.shape[1]
+    S, T = (0, 0) if batch.series is None else batch.series.shape
+    return BatchShape(B, L, K, S, T // patch_size)
+
+
+def lm_shape(spec: Spec, llm_config: Mapping[str, Any] | None = None) -> LMShape:
+    """The language model of a spec: a decoder's own sizes, or those of the frozen model's `config.json`."""
+    if isinstance(spec, DecoderSpec):
+        return LMShape(
+            spec.hidden_size,
+            spec.intermediate_size,
+            spec.num_layers,
+            spec.num_heads,
+            spec.num_heads * spec.head_dim,
+            spec.num_kv_heads * spec.head_dim,
+            spec.vocab_size,
+        )
+    assert llm_config is not None, "a frozen language model is described by its config.json"
+    heads, head_dim = llm_config["num_attention_heads"], llm_config["head_dim"]
+    return LMShape(
+        llm_config["hidden_size"],
+        llm_config["intermediate_size"],
+        llm_config["num_hidden_layers"],
+        heads,
+        heads * head_dim,
+        llm_config["num_key_value_heads"] * head_dim,
+        llm_config["vocab_size"],
+    )
+
+
+def count_flops(spec: Spec, lm: LMShape, batch: BatchShape) -> Flops:
+    """Operations of one micro-batch, both passes.
+
+    Backward of a trained product is twice its forward (input and weight). In a frozen LM only the input's half is
+    needed, and only where gradients flow: none at all for a batch without series. Attention's two products have no
+    weights, so both halves are always needed. The patch embedding reads data, so it has no input gradient.
+    """
+    tokens = batch.rows * batch.tokens
+    products = tokens * lm.num_layers * 2 * lm.layer_weights
+    squares = tokens * lm.num_layers * 4 * lm.query * batch.tokens
+    head = batch.rows * batch.labels * 2 * lm.hidden * lm.vocab
+    forward = products + squares + head
+    if not isinstance(spec, TimeSeriesSpec):
+        return Flops(forward, 2 * forward)
+    head_backward = head * (1 + spec.train_lm_head)
+    if not batch.series:
+        return Flops(forward, head if spec.train_lm_head else 0)
+    patch_embed, trained = _encoder_flops(spec.encoder, lm.hidden, batch)
+    backward = products + 2 * squares + head_backward + patch_embed + 2 * trained
+    return Flops(forward + patch_embed + trained, backward)
+
+
+def _encoder_flops(encoder: EncoderSpec, lm_hidden: int, batch: BatchShape) -> tuple[int, int]:
+    """Forward operations of the patch embedding, and of everything after it up to the LM's embedding space."""
+    d, patches = encoder.hidden_size, batch.series * batch.patches
+    layer = 2 * (4 * d * d + 2 * d * encoder.ffn_size) + 4 * d * batch.patches
+    scale = batch.series * 2 * (2 * d + d * d) if encoder.numeric_scale else 0
+    return patches * 2 * encoder.patch_size * d, patches * (encoder.num_layers * layer + 2 * d * lm_hidden) + scale

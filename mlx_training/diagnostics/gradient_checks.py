@@ -1,0 +1,170 @@
+"""Checks of the gradient: it is there, it is the derivative, and it arrives with a usable size."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_training.backend import Arrays
+from mlx_training.data.batch import Batch
+from mlx_training.diagnostics.exam import Check, Exam
+from mlx_training.diagnostics.report import Finding, failed, passed, warned
+
+NUM_DIRECTIONS = 24  # of the probe without autograd: fewer can miss a weak influence
+WARM_STEPS = 3  # what has a zero gradient at first (LoRA's A, layers behind a zero one) has one now
+TOLERANCE = 0.1  # relative error of a directional derivative
+RESOLUTION = 3e-7  # relative rounding error of a float32 loss
+VANISHING, EXPLODING = 1e-7, 1e4  # gradient norm of a group against the largest; sensitivity |g| |p| / loss
+DEAD_SHARE = 0.5  # of the rows of a weight without any gradient
+
+
+def finite(exam: Exam) -> Finding:
+    """No NaN and no infinity."""
+    bad = [name for name, gradient in exam.gradients.items() if not np.isfinite(gradient).all()]
+    if bad:
+        return failed("gradient values", f"{len(bad)} parameters", "gradient_nonfinite", bad)
+    norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in exam.gradients.values()))
+    return passed("gradient values", f"finite, norm {norm:.3e}")
+
+
+def reach(exam: Exam) -> list[Finding]:
+    """Every trainable parameter gets a gradient, at once or after a few steps; else why not."""
+    name, subject = "gradient reach", exam.subject
+    zero = _without_gradient(exam, exam.gradients)
+    batch = exam.batches[0]
+    if zero:
+        with subject.restored():
+            _train(exam, WARM_STEPS)
+            later = [exam.gradients_of(other) for other in exam.batches[:2]]
+            zero = [n for n in zero if all(n in _without_gradient(exam, gradients) for gradients in later)]
+            influential = _influential(exam, zero, batch) if zero else []
+    if not zero:
+        return [passed(name, f"all {len(exam.gradients)} parameters")]
+    found = []
+    if influential:
+        figure = f"gradient 0 for {len(influential)} parameters, yet the loss changes with them"
+        found.append(failed(name, figure, "disconnected", influential))
+    if idle := [n for n in zero if n not in influential]:
+        figure = f"gradient 0 for {len(idle)} parameters, and no change of the loss in {NUM_DIRECTIONS} directions"
+        found.append(failed(name, figure, "no_influence", idle))
+    return found
+
+
+def derivative(exam: Exam) -> Finding:
+    """Along a parameter's own gradient the loss rises by its norm: central differences, no autograd."""
+    name, subject, batch = "derivative", exam.subject, exam.batches[0]
+    names = [n for n, g in exam.gradients.items() if np.any(g)]
+    chosen = names if exam.full else names[:: max(1, len(names) // 12)]
+    with subject.restored():
+        seen = {n: _derivative_error(exam, n, batch) for n in chosen}
+    errors = {n: error for n, (error, _) in seen.items() if error is not None}
+    wrong = [n for n, error in errors.items() if error > TOLERANCE]
+    steep = [n for n, (_, is_steep) in seen.items() if is_steep and n not in wrong]
+    worst = max(errors.values(), default=0.0)
+    figure = f"worst relative error {worst:.1e} of {len(errors)} parameters"
+    if len(steep) > len(wrong):
+        figure = f"{len(steep)} gradients hold only within a thousandth of the weights: the loss is chaotic"
+        return failed(name, figure, "gradient_exploding", steep)
+    return failed(name, figure, "gradient_wrong", wrong) if wrong else passed(name, figure)
+
+
+def size(exam: Exam) -> list[Finding]:
+    """Nothing vanishes on the way to the first layers, nothing explodes."""
+    name, found = "gradient size", []
+    loss = abs(exam.loss(exam.batches[0])) + 1e-12
+    norms = {n: float(np.linalg.norm(g.astype(np.float64))) for n, g in exam.gradients.items()}
+    sensitivity = {n: norms[n] * max(float(np.linalg.norm(exam.parameters[n])), 1e-3) / loss for n in norms}
+    modules: dict[str, float] = {}
+    for n, norm in norms.items():
+        if _real(exam, n):
+            modules[_module(n)] = max(modules.get(_module(n), 0.0), norm)
+    largest = max(modules.values())
+    if vanished := [m for m, norm in modules.items() if 0 < norm < VANISHING * largest]:
+        figure = f"{min(modules[m] for m in vanished):.1e} against {largest:.1e} elsewhere"
+        found.append(failed(name, figure, "gradient_vanishing", vanished))
+    if exploded := [n for n, value in sensitivity.items() if value > EXPLODING]:
+        figure = f"norm {max(norms[n] for n in exploded):.1e}, loss {loss:.3g}"
+        found.append(failed(name, figure, "gradient_exploding", exploded))
+    if dead := [n for n, g in exam.gradients.items() if _dead_share(exam, n, g) > DEAD_SHARE]:
+        found.append(warned(name, f"most rows of {len(dead)} weights have no gradient", "dead_activations", dead))
+    return found or [passed(name, f"between {min(modules.values()):.1e} and {largest:.1e} by module")]
+
+
+CHECKS = (
+    Check("gradient values", finite, blocking=True),
+    Check("gradient reach", reach, blocking=True),
+    Check("gradient size", size),
+    Check("derivative", derivative),
+)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _real(exam: Exam, name: str) -> bool:
+    """Whether any part of a parameter has a true gradient."""
+    part = exam.subject.spec.zero_gradients().get(name)
+    return part is None or exam.gradients[name].size > exam.gradients[name][part].size
+
+
+def _without_gradient(exam: Exam, gradients: Arrays) -> list[str]:
+    return [name for name, gradient in gradients.items() if not np.any(gradient) and _real(exam, name)]
+
+
+def _train(exam: Exam, num_steps: int) -> None:
+    subject, step = exam.subject, exam.subject.new_step()
+    groups = {param.group for param in subject.spec.params().values()}
+    for number in range(1, num_steps + 1):
+        step([exam.batches[number % len(exam.batches)]], step=number, lr=dict.fromkeys(groups, 1e-3))
+
+
+def _influential(exam: Exam, names: Sequence[str], batch: Batch) -> list[str]:
+    """Parameters along which the loss changes; those of one module are moved together first."""
+    base = exam.subject.backend.export(exam.subject.model)
+    rng, found = np.random.default_rng(0), []
+    for module in dict.fromkeys(n.partition(".")[0] for n in names):
+        own = [n for n in names if n.partition(".")[0] == module]
+        if _changes(exam, base, own, batch, rng):
+            found += own if len(own) == 1 else [n for n in own if _changes(exam, base, [n], batch, rng)] or own
+    return found
+
+
+def _changes(exam: Exam, base: Arrays, names: Sequence[str], batch: Batch, rng: np.random.Generator) -> bool:
+    reference = exam.loss_at(base, batch)
+    for _ in range(NUM_DIRECTIONS):
+        moved = dict(base)
+        for n in names:
+            rms = max(float(np.sqrt(np.square(base[n]).mean())), 0.1)
+            moved[n] = (base[n] + 0.5 * rms * rng.standard_normal(base[n].shape)).astype(np.float32)
+        if abs(exam.loss_at(moved, batch) - reference) > 10 * RESOLUTION * abs(reference):
+            return True
+    return False
+
+
+def _derivative_error(exam: Exam, name: str, batch: Batch) -> tuple[float | None, bool]:
+    """Relative error of the first central difference that fits, and whether only a tiny step did.
+
+    None where float32 cannot resolve the difference.
+    """
+    gradient, base = exam.gradients[name].astype(np.float64), exam.parameters
+    norm = float(np.linalg.norm(gradient))
+    direction, loss = gradient / norm, abs(exam.loss_at(base, batch))
+    reach = 0.05 * max(float(np.linalg.norm(base[name])), 0.02 * base[name].size ** 0.5)
+    errors: list[float] = []
+    for fraction in (1 / 64, 1 / 8, 1.0, 1 / 512, 1 / 4096, 1 / 32768):
+        length = fraction * reach
+        if RESOLUTION * loss / (length * norm) > TOLERANCE / 2:
+            continue
+        moved = (base | {name: (base[name] + s * length * direction).astype(np.float32)} for s in (1, -1))
+        up, down = (exam.loss_at(parameters, batch) for parameters in moved)
+        errors.append(abs((up - down) / (2 * length) - norm) / norm)
+        if errors[-1] < TOLERANCE:
+            return errors[-1], fraction < 1 / 64
+    return min(errors, default=None), False
+
+
+def _dead_share(exam: Exam, name: str, gradient: np.ndarray) -> float:
+    """Share of a weight's rows without gradient; tables that are looked up have many, and do not count."""
+    if gradient.ndim != 2 or "embed" in name:
+        return 0.0
+    return float((~gradient.any(axis=1)).mean())

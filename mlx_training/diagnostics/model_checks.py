@@ -1,0 +1,258 @@
+"""Checks of the model: registered, initialised, finite, causal, and each row by itself."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mlx_training.data.batch import Batch
+from mlx_training.diagnostics.exam import Check, Exam, label_places, only_label, row_names
+from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
+
+FROZEN_PREFIX = "lm."  # where both realisations keep the frozen language model
+INIT_FACTOR = 4.0  # RMS of initial values may differ this much from the table's
+SAME = 1e-5  # relative difference of two losses that should be equal
+
+
+def registration(exam: Exam) -> list[Finding]:
+    """The framework knows every parameter of the table, with its shape, as trainable, and trains nothing else."""
+    name, table = "parameters", exam.subject.spec.params()
+    known = exam.subject.backend.parameters(exam.subject.model)
+    missing = [n for n in table if n not in known]
+    misshaped = [n for n in table if n in known and known[n].shape != table[n].shape]
+    frozen = [n for n in table if n in known and not known[n].trainable]
+    extra = [n for n, parameter in known.items() if parameter.trainable and n not in table]
+    thawed = [n for n in extra if n.startswith(FROZEN_PREFIX)]
+    found = []
+    for names, cause in (
+        (missing, "unregistered_parameters"),
+        (misshaped, "misshaped_parameters"),
+        (frozen, "frozen_parameters"),
+        (thawed, "frozen_weights_trainable"),
+        ([n for n in extra if n not in thawed], "unexpected_parameters"),
+    ):
+        if names:
+            found.append(failed(name, f"{len(names)} parameters; the table has {len(table)}", cause, names))
+    trainable = sum(param.size for param in table.values())
+    frozen_size = sum(int(np.prod(p.shape)) for p in known.values() if not p.trainable)
+    return found or [passed(name, f"{len(table)} train ({trainable:,} values), {frozen_size:,} values frozen")]
+
+
+def parameters_finite(exam: Exam) -> Finding:
+    """No NaN and no infinity among the trainable parameters."""
+    bad = [n for n, array in exam.parameters.items() if not np.isfinite(array).all()]
+    if bad:
+        return failed("parameter values", f"{len(bad)} parameters", "nonfinite_parameters", bad)
+    return passed("parameter values", "finite")
+
+
+def initial_values(exam: Exam) -> list[Finding]:
+    """Fresh parameters are as large as the table says."""
+    name = "initial values"
+    if not exam.subject.fresh:
+        return [skipped(name, "the parameters are not initial ones")]
+    large, small = [], []
+    for n, param in exam.subject.spec.params().items():
+        expected = {"normal": param.scale, "uniform": param.scale / 3**0.5, "ones": 1.0, "zeros": 0.0}.get(param.init)
+        if expected is None:
+            continue
+        rms = float(np.sqrt(np.square(exam.parameters[n], dtype=np.float64).mean()))
+        if rms > INIT_FACTOR * expected:
+            large.append(n)
+        elif rms < expected / INIT_FACTOR:
+            small.append(n)
+    found = []
+    if large:
+        found.append(failed(name, f"{len(large)} parameters", "init_too_large", large))
+    if small:
+        found.append(failed(name, f"{len(small)} parameters", "init_zero", small))
+    return found or [passed(name, f"{len(exam.parameters)} parameters as large as the table says")]
+
+
+def evaluation(exam: Exam) -> Finding:
+    """Twice the same batch, twice the same loss."""
+    first, second = (exam.loss(exam.batches[0]) for _ in range(2))
+    figure = f"loss {first:.6f}, again {second:.6f}"
+    if first != second and np.isfinite([first, second]).all():
+        if not any(map(np.any, exam.gradients.values())):
+            return failed("evaluation", f"{figure}; no gradient anywhere", "no_influence", list(exam.gradients))
+        return failed("evaluation", figure, "random_in_evaluation")
+    return passed("evaluation", figure)
+
+
+def forward(exam: Exam) -> Finding:
+    """A finite loss; else the first module whose output is not."""
+    loss = exam.loss(exam.batches[0])
+    if np.isfinite(loss):
+        return passed("forward", f"loss {loss:.4f}")
+    outputs = exam.subject.backend.activations(exam.subject.model, exam.batches[0])
+    first = next((path for path, array in outputs.items() if not np.isfinite(array).all()), "the objective")
+    return failed("forward", f"loss {loss}; first in {first}", "overflow", [first])
+
+
+def activations(exam: Exam) -> Finding:
+    """No module says the same whatever it is given."""
+    name = "activations"
+    table = exam.subject.spec.params().values()
+    if exam.subject.fresh and any(param.init == "zeros" and len(param.shape) > 1 for param in table):
+        return skipped(name, "the table starts a layer at zero")
+    outputs = exam.subject.backend.activations(exam.subject.model, exam.batches[0])
+    flat = {path: array.reshape(-1, array.shape[-1]) for path, array in outputs.items() if array.ndim > 1}
+    dead = [path for path, array in flat.items() if len(array) > 1 and not np.ptp(array, axis=0).any()]
+    if dead:
+        return failed(name, f"{len(dead)} of {len(flat)} modules put out a constant", "dead_activations", dead)
+    return passed(name, f"{len(flat)} modules respond to their input")
+
+
+def causality(exam: Exam) -> list[Finding]:
+    """By gradient: a label depends on its own row up to its place, and on nothing else."""
+    name, subject = "causality", exam.subject
+    batch = exam.batches[0]
+    places, total = label_places(batch), 0
+    future: set[int] = set()
+    other: set[int] = set()
+    blind: set[int] = set()
+    for b, label in _some_labels(batch):
+        gradient = subject.backend.gradients(
+            subject.model, subject.objective, only_label(batch, b, label), wrt="inputs"
+        )["inputs"]
+        size = np.abs(gradient).max(-1)
+        if not np.isfinite(size).all():
+            return [skipped(name, "the gradient is not finite")]
+        place, threshold = int(places[b][label]), 1e-6 * float(size.max())
+        total += 1
+        if size.max() == 0:
+            blind.add(b)
+            continue
+        if (np.delete(size, b, axis=0) > threshold).any():
+            other.add(b)
+        if (size[b, place + 1 :] > threshold).any():
+            future.add(b)
+        if place > 0 and not (size[b, :place] > 0).any():
+            blind.add(b)
+    found = []
+    for rows, cause, what in (
+        (other, "rows_mixed", "see other rows"),
+        (future, "future_visible", "see later tokens"),
+        (blind, "past_hidden", "see no earlier token"),
+    ):
+        if rows:
+            indices = [batch.rows[b] for b in sorted(rows)] if batch.rows else sorted(rows)
+            found.append(failed(name, f"labels of {len(rows)} rows {what}", cause, row_names(exam, indices)))
+    return found or [passed(name, f"{total} labels: only their own row, only up to their place")]
+
+
+def neighbours(exam: Exam) -> Finding:
+    """Other rows of the batch, given other content, leave a row's loss alone."""
+    name, batch = "rows apart", exam.batches[0]
+    num_rows = len(batch.lengths)
+    if num_rows < 2:
+        return skipped(name, "batches of one row")
+    worst = 0.0
+    for b in {0, num_rows - 1}:
+        mask = np.zeros_like(batch.mask)
+        mask[b] = batch.mask[b]
+        alone = replace(batch, mask=mask)
+        if mask.any():
+            worst = max(worst, _relative(exam.loss(_others_changed(exam, alone, b)), exam.loss(alone)))
+    figure = f"loss of a row changes by {worst:.1e} when its neighbours do"
+    return failed(name, figure, "rows_mixed") if worst > SAME else passed(name, figure)
+
+
+def padding_inert(exam: Exam) -> Finding:
+    """Tokens and samples that are padding may hold anything."""
+    name, worst, places = "padding inert", 0.0, 0
+    rng = np.random.default_rng(0)
+    for batch in exam.batches:
+        tokens = batch.tokens.copy()
+        pad = np.arange(tokens.shape[1]) >= batch.lengths[:, None]
+        tokens[pad] = rng.integers(0, int(batch.tokens.max()) + 1, int(pad.sum()))
+        changed, places = replace(batch, tokens=tokens), places + int(pad.sum())
+        if batch.series is not None and exam.patch_size:
+            samples = batch.series.copy()
+            real = np.arange(samples.shape[1]) < (batch.num_patches * exam.patch_size)[:, None]
+            samples[~real] = 3 * rng.standard_normal(int((~real).sum()))
+            changed, places = replace(changed, series=samples), places + int((~real).sum())
+        worst = max(worst, _relative(exam.loss(changed), exam.loss(batch)))
+    if places == 0:
+        return skipped(name, "no padding in these batches")
+    figure = f"loss changes by {worst:.1e} with other values in {places} padding places"
+    return failed(name, figure, "padding_attended") if worst > SAME else passed(name, figure)
+
+
+def sums_and_counts(exam: Exam) -> Finding:
+    """The objective is additive: over two halves of the labels, sums and weights add up."""
+    name, batch = "sums and counts", exam.batches[0]
+    labels = np.argwhere(batch.mask > 0)
+    if len(labels) < 2:
+        return skipped(name, "fewer than two labels")
+    halves = []
+    for part in (labels[::2], labels[1::2]):
+        mask = np.zeros_like(batch.mask)
+        mask[tuple(part.T)] = batch.mask[tuple(part.T)]
+        halves.append(exam.sums(replace(batch, mask=mask)))
+    b, label = labels[np.argmax(labels[:, 1])].tolist()
+    if exam.sums(only_label(batch, b, label))[1] <= 0:
+        return failed(name, f"label {label} of a row weighs nothing by itself", "weight_not_count")
+    loss, weight = exam.sums(batch)
+    loss_error = abs(halves[0][0] + halves[1][0] - loss) / abs(loss)
+    weight_error = abs(halves[0][1] + halves[1][1] - weight) / abs(weight)
+    figure = f"two halves of {len(labels)} labels add up: loss to {loss_error:.0e}, weight to {weight_error:.0e}"
+    if max(loss_error, weight_error) > 1e-3:
+        return failed(name, figure, "weight_not_count")
+    return passed(name, figure)
+
+
+def initial_loss(exam: Exam) -> Finding:
+    """A fresh model guesses: about ln V nats, or what the frozen LM knows already."""
+    name, size = "initial loss", exam.vocab_size
+    if not exam.subject.fresh or size is None:
+        return skipped(name, "not a fresh model, or no vocabulary size")
+    loss, guess = exam.loss(exam.batches[0]), float(np.log(size))
+    figure = f"{loss:.3f} nats; guessing among {size} is {guess:.3f}"
+    if loss > 3 * guess + 2 or loss < 0:
+        return failed(name, figure, "initial_loss")
+    return warned(name, figure, "initial_loss") if loss > 1.5 * guess + 2 else passed(name, figure)
+
+
+STRUCTURE = (
+    Check("parameters", registration, blocking=True),
+    Check("parameter values", parameters_finite, blocking=True),
+    Check("initial values", initial_values),
+    Check("forward", forward, blocking=True),
+    Check("evaluation", evaluation, blocking=True),
+)
+BEHAVIOUR = (
+    Check("activations", activations),
+    Check("causality", causality),
+    Check("rows apart", neighbours),
+    Check("padding inert", padding_inert),
+    Check("sums and counts", sums_and_counts),
+    Check("initial loss", initial_loss),
+)
+
+
+def _some_labels(batch: Batch) -> list[tuple[int, int]]:
+    """First and last supervised label of the first and the last row."""
+    chosen = []
+    for b in sorted({0, len(batch.lengths) - 1}):
+        labels = np.flatnonzero(batch.mask[b])
+        chosen += [(b, int(label)) for label in sorted({*labels[:1].tolist(), *labels[-1:].tolist()})]
+    return chosen
+
+
+def _others_changed(exam: Exam, batch: Batch, b: int) -> Batch:
+    """The batch with other tokens and samples in every row but b."""
+    tokens = np.where(np.arange(len(batch.tokens))[:, None] == b, batch.tokens, np.roll(batch.tokens, 1, axis=1))
+    if batch.series is None or not exam.patch_size:
+        return replace(batch, tokens=tokens)
+    index = batch.patch_index[b]
+    own = np.unique((index[index > 0] - 1) // (batch.series.shape[1] // exam.patch_size))
+    others = ~np.isin(np.arange(len(batch.series)), own)
+    scale, series = batch.scale.copy(), batch.series.copy()
+    series[others] = 0.5 - 2 * series[others]
+    scale[others] = 1 - scale[others]
+    return replace(batch, tokens=tokens, series=series, scale=scale)
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(b), 1e-6)

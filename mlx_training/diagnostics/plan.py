@@ -1,0 +1,253 @@
+"""What a run will cost, before anything is built: parameters, arithmetic, memory, steps and time.
+
+Nothing is imported that computes: sizes come from the configuration, the LM's `config.json` and the headers of its
+weight files; the batch's shape from the data where it is at hand, else from the settings' limits.
+
+**Expected time.** A step takes (operations / matmul rate + bytes / copy rate) / efficiency. The two rates are measured
+on this machine by each installed framework in a process of its own (`diagnostics.machine`). The bytes are activations
+and logits, written once and read twice, the frozen weights read in both passes, and the update's seven passes over the
+trained parameters. EFFICIENCY holds the one fitted number a backend. It was calibrated on an x86 core (AVX-512, one
+thread, float32, torch 2.13, MLX 0.32.4 with NumPy's OpenBLAS): median CPU seconds of seven steps on the longest batch
+were 0.26 (`quick_test`) and 1.27 (`tiny_llama`) in torch, 0.48 and 2.44 in MLX; the estimates stand within 20 % of
+these and of a second run on a quieter machine, and of `timeseries/har` and `timeseries/japanesevowels`, not used here.
+Unfitted: GPUs, where a
+small step is bound by launches and takes longer than this. Evaluation and checkpoints are not in it.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_training.assemble import assemble, decoder_spec, timeseries_spec
+from mlx_training.config import RunConfig
+from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.data.collate import collate
+from mlx_training.data.series import round_up
+from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.diagnostics import machine
+from mlx_training.diagnostics.flops import BatchShape, Flops, LMShape, batch_shape, count_flops, lm_shape
+from mlx_training.diagnostics.plan_memory import FrozenBytes, Memory, count_memory
+from mlx_training.environment import installed_backends, resolve_backend
+from mlx_training.errors import BackendError
+from mlx_training.llm_source import is_weight, read_llm_config, safetensors_header, weight_files
+from mlx_training.spec import Spec, TimeSeriesSpec
+from mlx_training.trainer import plan as plan_steps
+
+EFFICIENCY = {"torch": 0.61, "mlx": 0.66}
+GENERATED = ("questions", "corpus")
+MAX_ROWS = 2048  # rows of a large file that are tokenised to find its longest batch
+TEXT_TOKENS = 64  # beside the patches, where neither data nor max_length say how long a row is
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """The plan of a configuration; what `plan --json` prints. Missing data is no error: steps are then "unknown".
+
+    Bytes and operations are whole numbers, times seconds. `memory_bytes` and `flops_per_token` are those of the
+    configured backend (auto: the one this machine would take) and of a place of the batch, padding included.
+
+    Raises:
+        ConfigError: the LM's directory or hub model is missing.
+        CheckpointError: the LM's files are damaged.
+        DataError: the data is there but cannot be read.
+    """
+    model = config.model
+    if isinstance(model, TimeSeriesConfig):
+        spec: Spec = timeseries_spec(model)
+    else:
+        spec = decoder_spec(model, _vocabulary(model))
+    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
+    lm = lm_shape(spec, llm_config)
+    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, TimeSeriesSpec) and llm_config else {}
+    steps, batch = _from_data(config, spec) if data_at_hand(config) else (config.training.max_steps, None)
+    batch = batch or _from_limits(config, spec, lm, llm_config)
+
+    flops = count_flops(spec, lm, batch)
+    accumulation = config.training.grad_accumulation_steps
+    places = batch.rows * batch.tokens
+    chosen = _chosen_backend(config)
+    names = [chosen, *(name for name in installed_backends() if name != chosen)]
+    memory = {name: _memory(config, spec, lm, batch, name, frozen) for name in names}
+    return {
+        "config": config.experiment.name,
+        "family": model.family,
+        "backend": chosen,
+        "parameters": _parameters(spec, frozen),
+        "flops_per_token": {
+            "forward": round(flops.forward / places),
+            "backward": round(flops.backward / places),
+            "total": round(flops.total / places),
+            "per_step": flops.total * accumulation,
+        },
+        "memory_bytes": memory[chosen].to_json(),
+        "memory_bytes_by_backend": {name: found.to_json() for name, found in memory.items()},
+        "steps": "unknown" if steps is None else steps,
+        "tokens_per_step": places * accumulation,
+        "batch_shape": batch.to_json(),
+        "expected_seconds": {name: _seconds(config, name, flops, memory[name], steps) for name in installed_backends()},
+    }
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The plan for people."""
+    parameters, flops, batch = result["parameters"], result["flops_per_token"], result["batch_shape"]
+    width = max(map(len, parameters["by_module"]), default=0)
+    origin = "data" if batch["origin"] == "data" else "settings' limits: no data at hand"
+    lines = [
+        f"{result['config']} ({result['family']})",
+        f"parameters: {parameters['trainable']:,} train, {parameters['frozen']:,} frozen",
+        *(f"  {name:{width}}  {count:>15,}" for name, count in parameters["by_module"].items()),
+        f"batch: {batch['rows']} rows x {batch['tokens']} places, {batch['labels']} labels a row, {batch['series']} "
+        f"series of {batch['patches']} patches (from the {origin})",
+        f"arithmetic: {flops['forward'] / 1e6:,.2f} MFLOP a place forward, {flops['backward'] / 1e6:,.2f} backward; "
+        f"{flops['per_step'] / 1e9:,.1f} GFLOP a step",
+    ]
+    for name, memory in result["memory_bytes_by_backend"].items():
+        parts = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in memory.items() if part != "total")
+        lines.append(f"memory, {name}: {memory['total'] / 1e6:,.0f} MB beside the framework itself ({parts})")
+    steps = result["steps"]
+    lines.append(f"steps: {steps if steps == 'unknown' else f'{steps:,}'}, {result['tokens_per_step']:,} places each")
+    for name, seconds in result["expected_seconds"].items():
+        if seconds is None:
+            lines.append(f"time, {name}: cannot be measured here")
+            continue
+        total = "" if seconds["total"] is None else f", {_duration(seconds['total'])} in all (without evaluation)"
+        lines.append(f"time, {name}: about {seconds['per_step']:.3g} s a step{total}")
+    return "\n".join(lines)
+
+
+def data_at_hand(config: RunConfig) -> bool:
+    """Whether the training data can be read here: it is generated, or every file the configuration names exists."""
+    data = config.dataset
+    if data.format in GENERATED:
+        return True
+    path = Path(data.path or "")
+    files = data.splits.file if data.splits else None
+    if files is None:
+        return path.exists()
+    folder = path if path.is_dir() else path.parent
+    return all((folder / file).exists() for file in (files.train, files.validation, files.test) if file)
+
+
+def _vocabulary(model: DecoderConfig) -> int:
+    tokenizer = model.tokenizer
+    return Tokenizer.load(tokenizer).vocab_size if isinstance(tokenizer, str) else tokenizer.train
+
+
+def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | None]:
+    """Steps, and the shape of the longest batch that the rows can make."""
+    steps = config.training.max_steps
+    if not isinstance(spec, TimeSeriesSpec):  # windows have one length; text is read only to count them
+        return (steps if steps is not None else plan_steps(assemble(config))[1]), None
+    assembly = assemble(config)
+    if steps is None:
+        steps = plan_steps(assembly)[1]
+    data = assembly.data
+    rows: Any = data.rows("train")  # type: ignore[union-attr]
+    size = config.training.batch_size
+    chosen = range(0, len(rows), max(1, len(rows) // MAX_ROWS))
+    encoded = sorted((data.encode(rows[i]) for i in chosen), key=len)  # type: ignore[union-attr]
+    batch = collate(encoded[-size:])
+    return steps, batch_shape(batch, spec.encoder.patch_size)
+
+
+def _from_limits(config: RunConfig, spec: Spec, lm: LMShape, llm_config: Mapping[str, Any] | None) -> BatchShape:
+    """The longest batch that the settings allow; without dataset.max_length, all patches and a short text."""
+    B = config.training.batch_size
+    if not isinstance(spec, TimeSeriesSpec):
+        L = config.model.decoder.context_length  # type: ignore[union-attr]
+        return BatchShape(B, L, L, origin="limits" if config.dataset.path else "data")
+    encoder, labels = spec.encoder, round_up(config.evaluation.max_new_tokens, 4)
+    num_series = max(encoder.max_series, 1)
+    context = (llm_config or {}).get("max_position_embeddings") or math.inf
+    longest = config.dataset.max_length or min(context, num_series * encoder.max_patches + TEXT_TOKENS + labels)
+    L = round_up(int(longest), 16)
+    patches = min(encoder.max_patches, L // num_series)
+    return BatchShape(B, L, min(labels, L), B * num_series, max(patches // 4 * 4, 4), origin="limits")
+
+
+def _frozen_tensors(spec: TimeSeriesSpec, llm_config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """{name: (elements of the dense tensor, bytes in the file with scales and biases)} of the frozen weights."""
+    headers: dict[str, Any] = {}
+    for file in weight_files(spec.llm.directory):
+        headers |= {name: entry for name, entry in safetensors_header(file)[0].items() if is_weight(name, llm_config)}
+    quantization = llm_config.get("quantization") or {}
+    found = {}
+    for name, entry in headers.items():
+        path, _, part = name.rpartition(".")
+        packed = f"{path}.scales" in headers
+        if packed and part in ("scales", "biases"):
+            continue
+        size, stored = math.prod(entry["shape"]), _num_bytes(entry)
+        if packed and part == "weight":
+            block = quantization.get(path)
+            group_size = (block if isinstance(block, dict) else quantization)["group_size"]
+            size = math.prod(headers[f"{path}.scales"]["shape"]) * group_size
+            stored += 2 * _num_bytes(headers[f"{path}.scales"])
+        found[name] = (size, stored)
+    return found
+
+
+def _num_bytes(entry: Mapping[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return int(end - start)
+
+
+def _parameters(spec: Spec, frozen: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Counts; by the two upper levels of the module path ("lm." and two more for the frozen LM)."""
+    by_module: dict[str, int] = {}
+    sizes = {name: param.size for name, param in spec.params().items()}
+    for name, size in sizes.items():
+        module = ".".join(name.split(".")[:-1][:2])
+        by_module[module] = by_module.get(module, 0) + size
+    for name, (size, _) in frozen.items():
+        module = "lm." + ".".join(name.split(".")[:-1][:2])
+        by_module[module] = by_module.get(module, 0) + size
+    trainable, held = sum(sizes.values()), sum(size for size, _ in frozen.values())
+    return {"trainable": trainable, "frozen": held, "total": trainable + held, "by_module": by_module}
+
+
+def _memory(
+    config: RunConfig, spec: Spec, lm: LMShape, batch: BatchShape, backend: str, frozen: Mapping[str, tuple[int, int]]
+) -> Memory:
+    precision = config.training.precision
+    width = 2 if precision == "bfloat16" else 4
+    resident = isinstance(spec, TimeSeriesSpec) and spec.llm.weights == "resident"
+    held, converted, expanded = 0, 0, 0
+    for size, stored in frozen.values():
+        dense = size * width
+        held += min(stored, dense) if resident else dense
+        converted += stored if stored != dense and not resident else 0
+        if resident and backend == "torch" and stored < dense:  # the float copy and its integers, for each product
+            expanded = max(expanded, size * 6)
+    return count_memory(spec, lm, batch, backend, precision, FrozenBytes(held, converted, expanded))
+
+
+def _chosen_backend(config: RunConfig) -> str:
+    """The configured backend; one that is not installed can still be planned for."""
+    try:
+        return resolve_backend(config.backend)
+    except BackendError:
+        return "torch" if config.backend == "auto" else config.backend
+
+
+def _seconds(
+    config: RunConfig, backend: str, flops: Flops, memory: Memory, steps: int | None
+) -> dict[str, float | None] | None:
+    """Seconds of a step and of all of them, or None where the framework cannot be measured."""
+    rates = machine.measure(backend, config.device, config.training.precision)
+    if rates is None:
+        return None
+    frozen = memory.weights - memory.optimizer // 2
+    traffic = 3 * (memory.activations + memory.logits) + 2 * frozen
+    seconds = flops.total / rates.flops_per_second + traffic / rates.bytes_per_second
+    seconds *= config.training.grad_accumulation_steps
+    seconds += 7 * memory.optimizer / 2 / rates.bytes_per_second
+    seconds /= EFFICIENCY[backend]
+    return {"per_step": seconds, "total": None if steps is None else seconds * steps}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,85 @@
+"""Checks of speed and of the machine: what makes a step slow, or a run impossible."""
+
+import time
+from typing import Any
+
+from mlx_training.diagnostics.exam import Check, Exam, without_dropout
+from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
+from mlx_training.environment import versions
+
+NUM_SHAPES = 36  # batches whose shapes are compared
+STALL = 0.3  # share of a step that making its batch may take
+
+
+def environment(exam: Exam) -> Finding:
+    """What runs here."""
+    backend, about = exam.subject.backend, versions()
+    packages = about["packages"]
+    version = packages.get(backend.name, "?")
+    figure = f"{backend.name} {version} on {backend.runtime.device}, {backend.runtime.precision}"
+    return passed("environment", f"{figure}; Python {about['python']}, {about['cpus']} CPUs, {about['memory_gb']} GB")
+
+
+def label_logits(exam: Exam) -> Finding:
+    """The head is applied at label places only."""
+    name, subject, batch = "logits", exam.subject, exam.batches[0]
+    head = getattr(subject.model, "head", None)
+    if head is None or batch.positions is None:
+        return skipped(name, "every place is a label place, or the model has no head() to watch")
+    places: list[int] = []
+
+    def watched(h: Any) -> Any:
+        places.append(int(h.size if not callable(h.size) else h.numel()) // int(h.shape[-1]))
+        return head(h)
+
+    subject.model.head = watched
+    try:
+        subject.backend.score(subject.model, subject.objective, batch)
+    finally:
+        del subject.model.head
+    figure = f"{max(places, default=0)} places, {batch.targets.size} labels, {batch.tokens.size} tokens"
+    if max(places, default=0) > 1.5 * batch.targets.size:
+        return failed(name, f"the head sees {figure}", "full_logits")
+    return passed(name, figure)
+
+
+def shapes(exam: Exam) -> Finding:
+    """Few shapes of batches: each is compiled once."""
+    name, subject = "shapes", exam.subject
+    batches = [subject.batch(index) for index in range(NUM_SHAPES)]
+    distinct = {tuple((n, a.shape) for n, a in batch.arrays().items()) for batch in batches}
+    figure = f"{len(distinct)} in {len(batches)} batches"
+    step = subject.new_step()
+    traces = None
+    if hasattr(step, "num_compilations") and len(distinct) < len(batches):
+        with subject.restored(), without_dropout(subject.model):
+            lr = dict.fromkeys(subject.spec.groups, 0.0)
+            for number in (1, 2, 3):
+                step([batches[0]], step=number, lr=lr)
+        traces = step.num_compilations
+        figure += f"; {traces} compilations for three steps of one shape"
+    compiles = subject.backend.name == "mlx"
+    if compiles and (len(distinct) > 0.7 * len(batches) or (traces or 0) > 2):
+        return failed(name, figure, "recompiles")
+    return passed(name, figure)
+
+
+def data_time(exam: Exam) -> Finding:
+    """Making a batch takes little beside using it."""
+    name, subject = "data time", exam.subject
+    started = time.perf_counter()
+    batches = [subject.batch(index) for index in range(20, 24)]
+    making = (time.perf_counter() - started) / len(batches)
+    started = time.perf_counter()
+    subject.backend.gradients(subject.model, subject.objective, batches[0])
+    using = time.perf_counter() - started
+    figure = f"{making * 1e3:.1f} ms to make a batch, {using * 1e3:.1f} ms for its gradient"
+    return warned(name, figure, "data_stall") if making > using and making > 0.05 else passed(name, figure)
+
+
+CHECKS = (
+    Check("logits", label_logits),
+    Check("shapes", shapes),
+    Check("data time", data_time),
+)
+ENVIRONMENT = (Check("environment", environment),)
