@@ -133,7 +133,7 @@ class Backend(Protocol):
         With `wrt="inputs"` {"inputs": (B, L, H)}, with respect to what `model.inputs` returns.
         """
 
-    def activations(self, model: Any, batch: Batch) -> Arrays:
+    def activations(self, model: Any, objective: Objective, batch: Batch) -> Arrays:
         """Outputs by module path, in the order in which the modules finish; then "inputs" and "logprobs". Dropout off.
 
         Only modules that return one array; of a module that runs several times the first output.

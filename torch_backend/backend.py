@@ -100,11 +100,10 @@ class Backend:
         return _gradients(mean(), self._trainable(model))
 
     @torch.no_grad()
-    def activations(self, model: LanguageModel, batch: Batch) -> Arrays:
+    def activations(self, model: LanguageModel, objective: Objective, batch: Batch) -> Arrays:
         model.eval()
         outputs: dict[str, Tensor] = {}
         last: dict[str, Tensor] = {}
-        embed: Any = getattr(model, "inputs", None)  # somebody's own model need not have one
 
         def record(path: str) -> Callable[..., None]:
             def hook(_module: Any, _args: Any, output: Any) -> None:
@@ -113,19 +112,23 @@ class Backend:
 
             return hook
 
-        def recorded(batch: Batch) -> Tensor:
-            x_BLH = embed(batch)
-            last.setdefault("inputs", x_BLH)
-            return x_BLH
+        def recorded(name: str, method: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+            def recording(batch: Batch) -> Tensor:
+                output = method(batch)
+                last.setdefault(name, output)
+                return output
+
+            return recording
 
         with ExitStack() as stack:
             for path, module in model.named_modules():
                 if path:
                     stack.callback(module.register_forward_hook(record(path)).remove)
-            if embed is not None:
-                stack.enter_context(replaced(model, "inputs", recorded))
-            logprobs = model.logprobs(self.to_device(batch))
-        return {path: _numpy(x) for path, x in (outputs | last | {"logprobs": logprobs}).items()}
+            for name in ("inputs", "logprobs"):  # somebody's own model need not have them
+                if hasattr(model, name):
+                    stack.enter_context(replaced(model, name, recorded(name, getattr(model, name))))
+            objective(model, self.to_device(batch))
+        return {path: _numpy(x) for path, x in (outputs | last).items()}
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()

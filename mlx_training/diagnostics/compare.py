@@ -47,7 +47,7 @@ def compare(a: Backend, model_a: Any, b: Backend, model_b: Any, objective: Objec
 
     Parts of parameters whose true gradient is zero (the specs say which) hold rounding noise and are left out.
     """
-    outputs_a, outputs_b = a.activations(model_a, batch), b.activations(model_b, batch)
+    outputs_a, outputs_b = a.activations(model_a, objective, batch), b.activations(model_b, objective, batch)
     common = _in_order([path for path in outputs_b if path in outputs_a])
     rows = [Difference(path, relative(outputs_a[path], outputs_b[path])) for path in common]
     losses = [

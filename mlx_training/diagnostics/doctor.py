@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training.assemble import assemble, check_fits
-from mlx_training.backend import Backend, Optim
+from mlx_training.backend import Backend, Optim, Step
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import RunConfig, load_config
 from mlx_training.data.batch import Batch
@@ -97,6 +97,7 @@ def diagnose(
     backend: Backend,
     optim: Optim | None = None,
     learning_rate: float = 1e-3,
+    make_step: Callable[[Subject], Step] | None = None,
     full: bool = False,
 ) -> Report:
     """The doctor for a model and objective of one's own.
@@ -107,6 +108,7 @@ def diagnose(
         batches: at least one Batch; several different ones tell more.
         backend: `mlx_training.backend.get("mlx")` or `get("torch")`.
         optim: AdamW's settings; the defaults of Optim if None.
+        make_step: makes a training step of one's own (mlx_training.backend.Step) for a Subject; ours if None.
 
     Returns:
         A Report; `print(report)` shows it. `report.cause` is the likeliest cause, None for a healthy model.
@@ -127,6 +129,7 @@ def diagnose(
         rates=lambda step: dict.fromkeys(spec.groups, learning_rate),
         total_steps=1000,
         fresh=False,
+        make_step=make_step or Subject.default_step,
     )
     return examine(subject, full=full, name=type(model).__name__)
 

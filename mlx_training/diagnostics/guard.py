@@ -98,7 +98,7 @@ class Guard:
     def _first_not_finite(self, batches: Sequence[Batch]) -> str:
         """The module, or else the parameter, where the last step stopped being finite, and the rows it was given."""
         for batch in batches:
-            outputs = self.backend.activations(self.model, batch)
+            outputs = self.backend.activations(self.model, self.objective, batch)
             if module := _first(outputs):
                 bad = np.flatnonzero(~np.isfinite(outputs["logprobs"]).all(axis=1))
                 return f"First not finite: the output of {module}, for {self._rows(batch, bad)}"

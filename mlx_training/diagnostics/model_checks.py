@@ -84,7 +84,7 @@ def forward(exam: Exam) -> Finding:
     loss = exam.loss(exam.batches[0])
     if np.isfinite(loss):
         return passed("forward", f"loss {loss:.4f}")
-    outputs = exam.subject.backend.activations(exam.subject.model, exam.batches[0])
+    outputs = exam.subject.backend.activations(exam.subject.model, exam.subject.objective, exam.batches[0])
     first = next((path for path, array in outputs.items() if not np.isfinite(array).all()), "the objective")
     return failed("forward", f"loss {loss}; first in {first}", "overflow", [first])
 
@@ -95,7 +95,7 @@ def activations(exam: Exam) -> Finding:
     table = exam.subject.spec.params().values()
     if exam.subject.fresh and any(param.init == "zeros" and len(param.shape) > 1 for param in table):
         return skipped(name, "the table starts a layer at zero")
-    outputs = exam.subject.backend.activations(exam.subject.model, exam.batches[0])
+    outputs = exam.subject.backend.activations(exam.subject.model, exam.subject.objective, exam.batches[0])
     flat = {path: array.reshape(-1, array.shape[-1]) for path, array in outputs.items() if array.ndim > 1}
     dead = [path for path, array in flat.items() if len(array) > 1 and not np.ptp(array, axis=0).any()]
     if dead:
@@ -106,6 +106,8 @@ def activations(exam: Exam) -> Finding:
 def causality(exam: Exam) -> list[Finding]:
     """By gradient: a label depends on its own row up to its place, and on nothing else."""
     name, subject = "causality", exam.subject
+    if not hasattr(subject.model, "inputs"):
+        return [skipped(name, "the model has no inputs(batch) to take a gradient of")]
     batch = exam.batches[0]
     places, total = label_places(batch), 0
     future: set[int] = set()

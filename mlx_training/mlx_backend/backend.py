@@ -104,11 +104,10 @@ class Backend:
         model.update(tree_unflatten(list(parameters.items())))
         return {name: _numpy(g) for name, g in gradients.items()}
 
-    def activations(self, model: LanguageModel, batch: Batch) -> Arrays:
+    def activations(self, model: LanguageModel, objective: Objective, batch: Batch) -> Arrays:
         model.eval()
         outputs: dict[str, mx.array] = {}
         last: dict[str, mx.array] = {}
-        embed: Any = getattr(model, "inputs", None)  # somebody's own model need not have one
         paths = {id(module): path for path, module in model.named_modules() if path}
 
         def record(cls: type, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,19 +119,23 @@ class Backend:
 
             return recording
 
-        def recorded(batch: Batch) -> mx.array:
-            x_BLH = embed(batch)
-            last.setdefault("inputs", x_BLH)
-            return x_BLH
+        def recorded(name: str, method: Callable[[Batch], mx.array]) -> Callable[[Batch], mx.array]:
+            def recording_method(batch: Batch) -> mx.array:
+                output = method(batch)
+                last.setdefault(name, output)
+                return output
+
+            return recording_method
 
         with ExitStack() as stack:  # MLX has no hooks: for a while the classes themselves record
             for cls, call in {type(m): type(m).__call__ for _, m in model.named_modules()}.items():
                 if any("__call__" in vars(base) for base in cls.__mro__):
                     stack.enter_context(replaced(cls, "__call__", record(cls, call)))
-            if embed is not None:
-                stack.enter_context(replaced(model, "inputs", recorded))
-            logprobs = model.logprobs(self.to_device(batch))
-        return {path: _numpy(x) for path, x in (outputs | last | {"logprobs": logprobs}).items()}
+            for name in ("inputs", "logprobs"):  # somebody's own model need not have them
+                if hasattr(model, name):
+                    stack.enter_context(replaced(model, name, recorded(name, getattr(model, name))))
+            objective(model, self.to_device(batch))
+        return {path: _numpy(x) for path, x in (outputs | last).items()}
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()

@@ -85,7 +85,7 @@ def test_gradients_that_do_not_exist_are_zero(backend_name: str, directory: Path
 def test_activations(case: str, directory: Path) -> None:
     spec = specs(directory)[case]
     (batch,) = batches(spec, 1)
-    (mlx, torch) = (backend.activations(model, batch) for backend, model in both(spec))
+    (mlx, torch) = (backend.activations(model, lm, batch) for backend, model in both(spec))
     common = [path for path in torch if path in mlx]
     assert common == [path for path in mlx if path in torch], "another order"
     expected = {"inputs", "logprobs"}
@@ -108,13 +108,13 @@ def test_looking_at_activations_changes_nothing(backend_name: str, directory: Pa
     loss, call = backend.score(model, lm, batch), type(model.encoder).__call__
     logprobs = type(model).logprobs
     model.logprobs = lambda batch: (logprobs(model, replace(batch, series=batch.series * 2)), logprobs(model, batch))[1]
-    twice = backend.activations(model, batch)
+    twice = backend.activations(model, lm, batch)
     del model.logprobs
-    once = backend.activations(model, replace(batch, series=batch.series * 2))
+    once = backend.activations(model, lm, replace(batch, series=batch.series * 2))
     np.testing.assert_array_equal(twice["encoder"], once["encoder"])
     assert relative(twice["logprobs"], once["logprobs"]) > 1e-3
     with pytest.raises(Exception, match="."):
-        backend.activations(model, replace(batch, tokens=batch.tokens[:, :3]))
+        backend.activations(model, lm, replace(batch, tokens=batch.tokens[:, :3]))
     assert "inputs" not in vars(model) and type(model.encoder).__call__ is call
     assert backend.score(model, lm, batch) == loss
 
@@ -272,5 +272,5 @@ def test_a_model_of_somebody_else_needs_no_inputs(backend_name: str, directory: 
         def logprobs(self, batch: Batch) -> Any:
             return self.inner.logprobs(batch)
 
-    found = backend.activations(Wrapped(), batch)
+    found = backend.activations(Wrapped(), lm, batch)
     assert list(found)[-1] == "logprobs" and "inputs" not in found and "inner.model.layers.0.mlp" in found
