@@ -12,10 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mlx_training import __version__
-from mlx_training.errors import CheckpointError, DataError, Interrupted, UserError
-
-Result = dict[str, Any]
+from mlx_training import __version__, verbs
+from mlx_training.errors import DataError, Interrupted, UserError
+from mlx_training.verbs import Result
 
 BACKENDS = ("mlx", "torch", "auto")
 
@@ -30,106 +29,6 @@ class Verb:
     run: Callable[[argparse.Namespace], Result]
     show: Callable[[Result], str]
     exit_code: Callable[[Result], int] = lambda result: 0
-
-
-def _train(args: argparse.Namespace) -> Result:
-    from mlx_training.config import load_config
-    from mlx_training.trainer import train
-
-    return train(load_config(args.config, _overrides(args)), resume=args.resume)
-
-
-def _evaluate(args: argparse.Namespace) -> Result:
-    _expect_run(args.run)
-    _expect_rows("--data", args.data)
-    from mlx_training.evaluate import evaluate_run
-
-    return evaluate_run(args.run, split=args.split, data=args.data, backend=args.backend)
-
-
-def _generate(args: argparse.Namespace) -> Result:
-    _expect_run(args.run)
-    _expect_rows("--rows", args.rows)
-    from mlx_training.generate import generate_rows
-
-    return generate_rows(args.run, args.rows, backend=args.backend)
-
-
-def _validate(args: argparse.Namespace) -> Result:
-    from mlx_training.assemble import validate
-    from mlx_training.config import load_config
-
-    return validate(load_config(args.config, _overrides(args)))
-
-
-def _doctor(args: argparse.Namespace) -> Result:
-    from mlx_training.config import load_config
-    from mlx_training.diagnostics import doctor
-    from mlx_training.environment import installed_backends
-
-    names = list(installed_backends()) if args.backend == "both" else [args.backend]
-    is_run = Path(args.config).is_dir()
-    if is_run and args.overrides:
-        raise UserError(f"doctor {args.config}: a run keeps its configuration; leave {' '.join(args.overrides)} out")
-    reports = []
-    for name in names:
-        if len(names) > 1:
-            print(f"--- {name}", flush=True)
-        if is_run:
-            report = doctor.examine_run(Path(args.config), name, full=args.full, watch=print)
-        else:
-            config = load_config(args.config, args.overrides)
-            report = doctor.examine_config(config, name, full=args.full, watch=print)
-        reports.append(report.to_json())
-    if len(reports) == 1:
-        return reports[0]
-    cause = next((report["cause"] for report in reports if report["cause"]), None)
-    return {"healthy": all(report["healthy"] for report in reports), "cause": cause, "reports": reports}
-
-
-def _plan(args: argparse.Namespace) -> Result:
-    from mlx_training.config import load_config
-    from mlx_training.diagnostics.plan import plan
-
-    return plan(load_config(args.config, _overrides(args)))
-
-
-def _env(args: argparse.Namespace) -> Result:
-    from mlx_training.environment import report
-
-    return report()
-
-
-def _ls(args: argparse.Namespace) -> Result:
-    from mlx_training.configs import description, shipped_configs
-
-    return {
-        "configs": [
-            {"name": name, "path": str(path), "description": description(path)}
-            for name, path in shipped_configs().items()
-        ]
-    }
-
-
-def _schema(args: argparse.Namespace) -> Result:
-    from mlx_training.config import json_schema
-
-    return json_schema()
-
-
-def _overrides(args: argparse.Namespace) -> list[str]:
-    backend = getattr(args, "backend", None)
-    return [*args.overrides, *([f"backend={backend}"] if backend else [])]
-
-
-def _expect_run(run: Path) -> None:
-    if not run.is_dir():
-        raise CheckpointError(f"RUN {str(run)!r} is not a directory; give the output_dir of a training run")
-
-
-def _expect_rows(flag: str, path: Path | None) -> None:
-    if path is not None and not path.is_file():
-        raise DataError(f"{flag} {str(path)!r} is not a file; give one of rows, in the run's own format or canonical")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,35 +128,35 @@ VERBS: dict[str, Verb] = {
         "train a model from one YAML, evaluate it, and keep its best checkpoint",
         "mlx-training train quick_test training.max_steps=200 --backend torch",
         _train_arguments,
-        _train,
+        verbs.train,
         _show_tree,
     ),
     "evaluate": Verb(
         "accuracy of a trained run, beside chance and the same rows without their series",
         "mlx-training evaluate runs/quick_test --split test",
         _evaluate_arguments,
-        _evaluate,
+        verbs.evaluate,
         _show_tree,
     ),
     "generate": Verb(
         "answer every row of a file",
         "mlx-training generate runs/quick_test --rows questions.jsonl --json",
         _generate_arguments,
-        _generate,
+        verbs.generate,
         _show_rows,
     ),
     "validate": Verb(
         "check a configuration and the files it names, without training",
         "mlx-training validate timeseries/har dataset.path=har.npz",
         _config_arguments,
-        _validate,
+        verbs.validate,
         _show_tree,
     ),
     "doctor": Verb(
         "name the cause of zero, exploding or NaN gradients, wrong data and slow steps",
         "mlx-training doctor quick_test --backend both",
         _doctor_arguments,
-        _doctor,
+        verbs.doctor,
         _show_doctor,
         lambda result: 0 if result["healthy"] else 1,
     ),
@@ -265,18 +164,22 @@ VERBS: dict[str, Verb] = {
         "parameters, FLOPs, memory and time of a configuration, before anything is built",
         "mlx-training plan timeseries/llama_3_2_1b",
         _plan_arguments,
-        _plan,
+        verbs.plan,
         _show_plan,
     ),
     "env": Verb(
-        "backends, devices and versions on this machine", "mlx-training env --json", _no_arguments, _env, _show_tree
+        "backends, devices and versions on this machine",
+        "mlx-training env --json",
+        _no_arguments,
+        verbs.env,
+        _show_tree,
     ),
-    "ls": Verb("the shipped configurations", "mlx-training ls", _no_arguments, _ls, _show_configs),
+    "ls": Verb("the shipped configurations", "mlx-training ls", _no_arguments, verbs.ls, _show_configs),
     "schema": Verb(
         "JSON Schema of a configuration, for editors",
         "mlx-training schema > config.schema.json",
         _no_arguments,
-        _schema,
+        verbs.schema,
         _show_schema,
     ),
 }
@@ -284,14 +187,14 @@ VERBS: dict[str, Verb] = {
 
 def usage() -> str:
     """What `mlx-training --help` prints."""
-    verbs = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
+    table = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
     examples = "\n".join(f"  {VERBS[name].example}" for name in ("train", "evaluate", "doctor", "plan"))
     return f"""usage: mlx-training VERB ... [--json]
 
 Train time-series language models and small language models, on MLX or PyTorch, from one YAML.
 
 verbs:
-{verbs}
+{table}
 
 examples:
 {examples}

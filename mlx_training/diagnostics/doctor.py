@@ -22,7 +22,7 @@ from mlx_training.diagnostics import (
 )
 from mlx_training.diagnostics.exam import Check, Exam
 from mlx_training.diagnostics.report import Finding, Report, failed, passed, skipped
-from mlx_training.diagnostics.subject import Subject, TableSpec, from_config
+from mlx_training.diagnostics.subject import Subject, TableSpec, from_assembly, from_config
 from mlx_training.errors import CheckpointError, UserError
 from mlx_training.objectives import Objective
 
@@ -56,12 +56,13 @@ def examine_run(run: Path, backend: str | None = None, *, full: bool = False, wa
     try:
         config = load_config(run / "config.yaml")
         checkpoint = CheckpointStore(run).best_or_latest()
-        check_fits(assemble(config, run).spec, checkpoint)
+        assembly = assemble(config, run)
+        check_fits(assembly.spec, checkpoint)
     except CheckpointError as error:
         _add(report, failed("checkpoint", str(error), "checkpoint_damaged"), watch)
     else:
         _add(report, passed("checkpoint", f"step {checkpoint.step}, sums verified"), watch)
-        subject = from_config(config, backend, run=run)
+        subject = from_assembly(assembly, backend)
         subject.backend.load(subject.model, checkpoint.model)
         rest = examine(replace(subject, fresh=False, trained=True), full=full, watch=watch)
         report.findings, report.backend = report.findings + rest.findings, rest.backend

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_training.assemble import Data, assemble, open_backend
+from mlx_training.assemble import Assembly, Data, assemble, open_backend
 from mlx_training.backend import Backend, Optim, Registered, Step
 from mlx_training.config import RunConfig
 from mlx_training.data.batch import Batch
@@ -73,18 +73,19 @@ class TableSpec(Spec):
         return self.table
 
 
-def from_config(
-    config: RunConfig, backend: str | None = None, *, run: Path | None = None, max_rows: int = MAX_ROWS
-) -> Subject:
-    """The subject of a configuration: real model, data and objective, at its initial values; small micro-batches.
+def from_config(config: RunConfig, backend: str | None = None, *, max_rows: int = MAX_ROWS) -> Subject:
+    """The subject of a configuration at its initial values. Raises what assembling a run raises."""
+    return from_assembly(assemble(config), backend, max_rows=max_rows)
 
-    `run`: where a trained tokenizer lies. Raises what assembling a run raises.
-    """
-    training = config.training
-    total_steps = plan(assemble(config, run))[1] if training.max_steps is None else training.max_steps
+
+def from_assembly(assembly: Assembly, backend: str | None = None, *, max_rows: int = MAX_ROWS) -> Subject:
+    """Real model, data and objective; micro-batches of at most `max_rows` rows."""
+    config, training = assembly.config, assembly.config.training
+    total_steps = plan(assembly)[1]
     small = training.model_copy(update={"batch_size": min(training.batch_size, max_rows)})
-    assembly = assemble(config.model_copy(update={"training": small}), run)
-    spec, batches = assembly.spec, assembly.data.train_batches()
+    data = replace(assembly.data, config=config.model_copy(update={"training": small}))
+    vars(data)["splits"] = assembly.data.splits  # read once
+    spec, batches = assembly.spec, data.train_batches()
     chosen = open_backend(config, backend)
     model = chosen.build(spec)
     arrays = chosen.export(model) | initialise(spec, config.experiment.seed)
@@ -104,6 +105,6 @@ def from_config(
         seed=seed,
         accumulation=training.grad_accumulation_steps,
         fresh=training.init_from is None,
-        data=assembly.data,
+        data=data,
         config=config,
     )

@@ -1,0 +1,118 @@
+"""What each command does: parsed arguments -> a result. Everything heavy is imported inside."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mlx_training.errors import CheckpointError, DataError, UserError
+
+Result = dict[str, Any]
+
+
+def train(args: argparse.Namespace) -> Result:
+    """Train a configuration."""
+    from mlx_training import trainer
+    from mlx_training.config import load_config
+
+    return trainer.train(load_config(args.config, _overrides(args)), resume=args.resume)
+
+
+def evaluate(args: argparse.Namespace) -> Result:
+    """Evaluate a run."""
+    _expect_run(args.run)
+    _expect_rows("--data", args.data)
+    from mlx_training.evaluate import evaluate_run
+
+    return evaluate_run(args.run, split=args.split, data=args.data, backend=args.backend)
+
+
+def generate(args: argparse.Namespace) -> Result:
+    """Answer the rows of a file."""
+    _expect_run(args.run)
+    _expect_rows("--rows", args.rows)
+    from mlx_training.generate import generate_rows
+
+    return generate_rows(args.run, args.rows, backend=args.backend)
+
+
+def validate(args: argparse.Namespace) -> Result:
+    """Check a configuration and its files."""
+    from mlx_training import assemble
+    from mlx_training.config import load_config
+
+    return assemble.validate(load_config(args.config, _overrides(args)))
+
+
+def doctor(args: argparse.Namespace) -> Result:
+    """Examine a configuration or a run, on one backend or on both; findings are printed as they are made."""
+    from mlx_training.config import load_config
+    from mlx_training.diagnostics import doctor as diagnostics
+    from mlx_training.environment import installed_backends
+
+    names = list(installed_backends()) if args.backend == "both" else [args.backend]
+    is_run = Path(args.config).is_dir()
+    if is_run and args.overrides:
+        raise UserError(f"doctor {args.config}: a run keeps its configuration; leave {' '.join(args.overrides)} out")
+    reports = []
+    for name in names:
+        if len(names) > 1:
+            print(f"--- {name}", flush=True)
+        if is_run:
+            report = diagnostics.examine_run(Path(args.config), name, full=args.full, watch=print)
+        else:
+            config = load_config(args.config, args.overrides)
+            report = diagnostics.examine_config(config, name, full=args.full, watch=print)
+        reports.append(report.to_json())
+    if len(reports) == 1:
+        return reports[0]
+    cause = next((report["cause"] for report in reports if report["cause"]), None)
+    return {"healthy": all(report["healthy"] for report in reports), "cause": cause, "reports": reports}
+
+
+def plan(args: argparse.Namespace) -> Result:
+    """What a configuration costs."""
+    from mlx_training.config import load_config
+    from mlx_training.diagnostics import plan as plans
+
+    return plans.plan(load_config(args.config, _overrides(args)))
+
+
+def env(args: argparse.Namespace) -> Result:
+    """What this machine has."""
+    from mlx_training.environment import report
+
+    return report()
+
+
+def ls(args: argparse.Namespace) -> Result:
+    """The shipped configurations."""
+    from mlx_training.configs import description, shipped_configs
+
+    return {
+        "configs": [
+            {"name": name, "path": str(path), "description": description(path)}
+            for name, path in shipped_configs().items()
+        ]
+    }
+
+
+def schema(args: argparse.Namespace) -> Result:
+    """JSON Schema of a configuration."""
+    from mlx_training.config import json_schema
+
+    return json_schema()
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    backend = getattr(args, "backend", None)
+    return [*args.overrides, *([f"backend={backend}"] if backend else [])]
+
+
+def _expect_run(run: Path) -> None:
+    if not run.is_dir():
+        raise CheckpointError(f"RUN {str(run)!r} is not a directory; give the output_dir of a training run")
+
+
+def _expect_rows(flag: str, path: Path | None) -> None:
+    if path is not None and not path.is_file():
+        raise DataError(f"{flag} {str(path)!r} is not a file; give one of rows, in the run's own format or canonical")
