@@ -28,6 +28,7 @@ class Registered(NamedTuple):
 
     shape: tuple[int, ...]
     trainable: bool
+    finite: bool = True
 
 
 @dataclass(frozen=True)

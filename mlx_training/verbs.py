@@ -11,10 +11,10 @@ Result = dict[str, Any]
 
 def train(args: argparse.Namespace) -> Result:
     """Train a configuration."""
-    from mlx_training import trainer
     from mlx_training.config import load_config
+    from mlx_training.trainer import train as train_configuration
 
-    return trainer.train(load_config(args.config, _overrides(args)), resume=args.resume)
+    return train_configuration(load_config(args.config, _overrides(args)), resume=args.resume)
 
 
 def evaluate(args: argparse.Namespace) -> Result:
@@ -37,10 +37,10 @@ def generate(args: argparse.Namespace) -> Result:
 
 def validate(args: argparse.Namespace) -> Result:
     """Check a configuration and its files."""
-    from mlx_training import assemble
+    from mlx_training.assemble import validate as validate_configuration
     from mlx_training.config import load_config
 
-    return assemble.validate(load_config(args.config, _overrides(args)))
+    return validate_configuration(load_config(args.config, _overrides(args)))
 
 
 def doctor(args: argparse.Namespace) -> Result:

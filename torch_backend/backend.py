@@ -72,7 +72,7 @@ class Backend:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         known = {**dict(model.named_parameters()), **model.state_dict()}  # packed weights are buffers
         return {
-            name.replace(".packed", ".weight"): Registered(tuple(p.shape), name in trainable)
+            name.replace(".packed", ".weight"): Registered(tuple(p.shape), name in trainable, bool(p.isfinite().all()))
             for name, p in known.items()
         }
 

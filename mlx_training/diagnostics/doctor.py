@@ -45,7 +45,8 @@ def examine_config(
     config: RunConfig, backend: str | None = None, *, full: bool = False, watch: Watcher | None = None
 ) -> Report:
     """Every check on the real model, data and objective of a configuration. Raises what assembling a run raises."""
-    return examine(from_config(config, backend), full=full, name=config.experiment.name, watch=watch)
+    subject = from_config(config, backend)
+    return examine(subject, full=full, name=config.experiment.name, watch=watch, as_configured=True)
 
 
 def examine_run(run: Path, backend: str | None = None, *, full: bool = False, watch: Watcher | None = None) -> Report:
@@ -70,13 +71,20 @@ def examine_run(run: Path, backend: str | None = None, *, full: bool = False, wa
     return report
 
 
-def examine(subject: Subject, *, full: bool = False, name: str = "", watch: Watcher | None = None) -> Report:
+def examine(
+    subject: Subject,
+    *,
+    full: bool = False,
+    name: str = "",
+    watch: Watcher | None = None,
+    as_configured: bool = False,
+) -> Report:
     """Every check on a subject, in order; `watch` is called with each finding as it is made.
 
     A failing check that later ones build on ends the examination: what is left is counted in a last, skipped finding.
     """
     started = time.monotonic()
-    report, exam = Report(subject=name, backend=subject.backend.name), Exam(subject, full)
+    report, exam = Report(subject=name, backend=subject.backend.name), Exam(subject, full, as_configured)
     due = [check for check in CHECKS if full or not check.full]
     for index, check in enumerate(due):
         found = _run(check, exam)

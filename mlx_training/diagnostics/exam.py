@@ -35,6 +35,7 @@ class Exam:
 
     subject: Subject
     full: bool = False
+    as_configured: bool = False  # the subject is what its configuration makes, so that another process can make it
 
     @cached_property
     def batches(self) -> list[Batch]:

@@ -10,6 +10,7 @@ from mlx_training.diagnostics.exam import Check, Exam
 from mlx_training.diagnostics.report import Finding, failed, passed, warned
 
 NUM_DIRECTIONS = 24  # of the probe without autograd: fewer can miss a weak influence
+NUM_RANDOM = 2  # further directions of a derivative
 WARM_STEPS = 3  # what has a zero gradient at first (LoRA's A, layers behind a zero one) has one now
 TOLERANCE = 0.1  # relative error of a directional derivative
 RESOLUTION = 3e-7  # relative rounding error of a float32 loss
@@ -55,7 +56,8 @@ def derivative(exam: Exam) -> Finding:
     names = [n for n, g in exam.gradients.items() if np.any(g)]
     chosen = names if exam.full else names[:: max(1, len(names) // 12)]
     with subject.restored():
-        seen = {n: _derivative_error(exam, n, batch) for n in chosen}
+        noise = _noise(exam, batch)
+        seen = {n: _derivative_error(exam, n, batch, noise) for n in chosen}
     errors = {n: error for n, (error, _) in seen.items() if error is not None}
     wrong = [n for n, error in errors.items() if error > TOLERANCE]
     steep = [n for n, (_, is_steep) in seen.items() if is_steep and n not in wrong]
@@ -141,7 +143,19 @@ def _changes(exam: Exam, base: Arrays, names: Sequence[str], batch: Batch, rng: 
     return False
 
 
-def _derivative_error(exam: Exam, name: str, batch: Batch) -> tuple[float | None, bool]:
+def _noise(exam: Exam, batch: Batch) -> float:
+    """How far the loss jumps when every parameter changes by its last bit: what float32 cannot resolve."""
+    rng, base = np.random.default_rng(0), exam.parameters
+    loss, jumps = exam.loss_at(base, batch), []
+    for _ in range(4):
+        last_bit = {
+            n: (array * (1 + 1e-7 * rng.choice((-1, 1), array.shape))).astype(np.float32) for n, array in base.items()
+        }
+        jumps.append(abs(exam.loss_at(last_bit, batch) - loss))
+    return max(RESOLUTION * abs(loss), 2 * max(jumps))
+
+
+def _derivative_error(exam: Exam, name: str, batch: Batch, noise: float) -> tuple[float | None, bool]:
     """Relative error of the first central difference that fits, and whether only a tiny step did.
 
     None where float32 cannot resolve the difference.
@@ -157,10 +171,32 @@ def _derivative_error(exam: Exam, name: str, batch: Batch) -> tuple[float | None
             continue
         moved = (base | {name: (base[name] + s * length * direction).astype(np.float32)} for s in (1, -1))
         up, down = (exam.loss_at(parameters, batch) for parameters in moved)
-        errors.append(abs((up - down) / (2 * length) - norm) / norm)
-        if errors[-1] < TOLERANCE:
-            return errors[-1], fraction < 1 / 64
+        error = abs((up - down) / (2 * length) - norm) / norm
+        if noise / (length * norm) < TOLERANCE / 2:  # a misfit counts where it cannot be noise
+            errors.append(error)
+        if error < TOLERANCE:
+            return max(error, _random_error(exam, name, batch, fraction * reach, noise)), fraction < 1 / 64
     return min(errors, default=None), False
+
+
+def _random_error(exam: Exam, name: str, batch: Batch, length: float, noise: float) -> float:
+    """Error along random directions, as a share of the gradient's norm: a part that is missing shows here only."""
+    gradient, base = exam.gradients[name].astype(np.float64), exam.parameters
+    rng, errors = np.random.default_rng(0), []
+    norm, root = float(np.linalg.norm(gradient)), gradient.size**0.5
+    for _ in range(NUM_RANDOM):
+        direction = rng.choice((-1.0, 1.0), gradient.shape)
+        best = np.inf
+        for step in (length, length / 8, length / 64):
+            if noise / (step * norm) > TOLERANCE / 2:
+                continue
+            unit = step * direction / root
+            moved = (base | {name: (base[name] + sign * unit).astype(np.float32)} for sign in (1, -1))
+            up, down = (exam.loss_at(parameters, batch) for parameters in moved)
+            along = float((gradient * direction).sum()) / root
+            best = min(best, abs((up - down) / (2 * step) - along) / norm)
+        errors.append(best if np.isfinite(best) else 0.0)
+    return max(errors)
 
 
 def _dead_share(exam: Exam, name: str, gradient: np.ndarray) -> float:

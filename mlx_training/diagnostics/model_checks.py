@@ -1,6 +1,8 @@
 """Checks of the model: registered, initialised, finite, causal, and each row by itself."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ def registration(exam: Exam) -> list[Finding]:
     thawed = [n for n in extra if n.startswith(FROZEN_PREFIX)]
     found = []
     for names, cause in (
-        (missing, "unregistered_parameters"),
+        (missing or _strays(exam.subject.model), "unregistered_parameters"),
         (misshaped, "misshaped_parameters"),
         (frozen, "frozen_parameters"),
         (thawed, "frozen_weights_trainable"),
@@ -38,8 +40,9 @@ def registration(exam: Exam) -> list[Finding]:
 
 
 def parameters_finite(exam: Exam) -> Finding:
-    """No NaN and no infinity among the trainable parameters."""
-    bad = [n for n, array in exam.parameters.items() if not np.isfinite(array).all()]
+    """No NaN and no infinity among the parameters, trained or frozen."""
+    known = exam.subject.backend.parameters(exam.subject.model)
+    bad = [n for n, parameter in known.items() if not parameter.finite]
     if bad:
         return failed("parameter values", f"{len(bad)} parameters", "nonfinite_parameters", bad)
     return passed("parameter values", "finite")
@@ -85,7 +88,9 @@ def forward(exam: Exam) -> Finding:
     if np.isfinite(loss):
         return passed("forward", f"loss {loss:.4f}")
     outputs = exam.subject.backend.activations(exam.subject.model, exam.subject.objective, exam.batches[0])
-    first = next((path for path, array in outputs.items() if not np.isfinite(array).all()), "the objective")
+    first = next((path for path, array in outputs.items() if not np.isfinite(array).all()), None)
+    if first is None:
+        return failed("forward", f"loss {loss} of finite outputs", "loss_nonfinite", ["the objective"])
     return failed("forward", f"loss {loss}; first in {first}", "overflow", [first])
 
 
@@ -231,6 +236,28 @@ BEHAVIOUR = (
     Check("sums and counts", sums_and_counts),
     Check("initial loss", initial_loss),
 )
+
+
+def _strays(model: Any) -> list[str]:
+    """Paths of modules with parameters that lie where the framework does not look: tuples, plain lists, `_names`."""
+    known = {id(module) for _, module in model.named_modules()}
+    found = []
+    for path, module in model.named_modules():
+        own = {**vars(module), **(module if isinstance(module, dict) else {})}
+        for name in own.keys() - {"_modules", "_parameters", "_buffers"}:
+            for key, other in _modules_in(own[name]):
+                if id(other) not in known and any(True for _ in other.parameters()):
+                    found.append(f"{path}.{name}{key}".lstrip("."))
+    return sorted(found)
+
+
+def _modules_in(value: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(value, "named_modules"):
+        yield "", value
+    elif isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from ((f".{key}{rest}", module) for rest, module in _modules_in(item))
 
 
 def _some_labels(batch: Batch) -> list[tuple[int, int]]:

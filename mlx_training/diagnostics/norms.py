@@ -118,7 +118,7 @@ def heat_map(records: Sequence[Record], path: str | Path) -> None:
     axes = figure.subplots()
     axes.imshow(cells, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(names)), names, fontsize=7)
-    places = np.unique(np.linspace(0, len(records) - 1, min(len(records), 10)).round().astype(int))
+    places = range(0, len(records), -(-len(records) // 10))
     axes.set_xticks(places, [str(records[i]["step"]) for i in places])
     axes.set_xlabel("step")
     figure.colorbar(colours, ax=axes, label="log10 gradient norm")

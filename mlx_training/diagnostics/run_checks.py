@@ -55,6 +55,8 @@ def _evaluations(records: Sequence[dict[str, Any]]) -> Finding:
     train = [_number(r["loss"]) for r in records if "loss" in r]
     if len(points) < 3 or len(train) < 3:
         return skipped(name, f"{len(points)} evaluations")
+    if bad := [step for step, loss in points if not math.isfinite(loss)]:
+        return failed(name, f"not finite at step {bad[0]}", "loss_nonfinite")
     best, last = min(points, key=lambda point: point[1]), points[-1]
     figure = f"loss {best[1]:.4f} at step {best[0]} (best), {last[1]:.4f} at the end"
     falling = train[-1] < train[len(train) // 2]

@@ -35,6 +35,7 @@ class Observed:
     after: Arrays
     state: Arrays  # optimiser state afterwards
     metrics: dict[str, Any]
+    compiled: bool
 
 
 def rates(exam: Exam) -> Finding:
@@ -68,7 +69,8 @@ def step_rule(exam: Exam) -> list[Finding]:
             first, *later = (trial.take([exam.batches[index]]) for index in (0, 1, 0))
         except Unreadable as error:
             return [failed("step", f"after a step: {error}", "parameters_unreadable")]
-    found = _norm(subject, first) or _gradient(subject, first) or _update(subject, first, 1)
+    found = _norm(subject, first) or _gradient(subject, first) or _squares(subject, first)
+    found = found or _update(subject, first, 1)
     for number, (before, seen) in enumerate(itertools.pairwise([first, *later]), start=2):
         found = found or _next(subject, before, seen, number)
     if found:
@@ -129,8 +131,11 @@ def accumulation(exam: Exam) -> Finding:
         return skipped(name, "the optimiser's state cannot be read")
     a, b = seen.parts
     expected = _clip(subject, seen.gradient)
-    error = _difference(used, expected)
+    error, norm = _difference(used, expected), _norm_of(seen.gradient)
     figure = f"gradient of two micro-batches against one batch: {error:.1e}"
+    if error < SAME and abs(seen.metrics["grad_norm"] - norm) > NORM_SAME * norm:
+        figure = f"reported norm {seen.metrics['grad_norm']:.3e}, of the gradient of both {norm:.3e}"
+        return failed(name, figure, "norm_misreported")
     if error < SAME:
         return passed(name, figure)
     dropped = min(_angle(used, a), _angle(used, b)) < SAME
@@ -155,7 +160,7 @@ class Trial:
         before = subject.backend.export(subject.model)
         losses, weights = zip(*(exam.sums(batch) for batch in batches), strict=True)
         parts = [exam.gradients_of(batch) for batch in batches]
-        metrics = self.step(batches, step=self.number, lr=trial_rates(subject))
+        metrics = self.step(batches, step=self.number, lr=trial_rates(subject, self.number))
         metrics = {key: float(metrics[key]) for key in ("loss", "grad_norm")}
         # a step may bring an objective of its own, which is not scaled
         scale = 1.0 if np.isclose(metrics["loss"], sum(losses) / sum(weights), rtol=1e-3) else self.scale
@@ -168,12 +173,13 @@ class Trial:
             after, state = subject.backend.export(subject.model), self.step.export()
         except Exception as error:  # a trace left behind raises the framework's own
             raise Unreadable(str(error).splitlines()[0]) from error
-        return Observed(gradient, parts, before, after, state, metrics)
+        compiled = getattr(self.step, "num_compilations", 0) > 0
+        return Observed(gradient, parts, before, after, state, metrics, compiled)
 
 
-def trial_rates(subject: Subject) -> dict[str, float]:
-    """A different learning rate for every group."""
-    return {group: RATE * (1 + index) for index, group in enumerate(subject.spec.groups)}
+def trial_rates(subject: Subject, number: int) -> dict[str, float]:
+    """A different learning rate for every group and step."""
+    return {group: RATE * (1 + index) / number for index, group in enumerate(subject.spec.groups)}
 
 
 MISTAKES: dict[str, dict[str, Any]] = {
@@ -246,6 +252,24 @@ def _gradient(subject: Subject, seen: Observed) -> Finding | None:
     return failed(name, figure, "update_wrong", _worst(used, expected))
 
 
+def _squares(subject: Subject, seen: Observed) -> Finding | None:
+    """The second moments after the first step, element by element: small squares are the first to be lost."""
+    used = _used(subject, seen.state)
+    if used is None:
+        return None
+    expected = {n: (1 - subject.optim.betas[1]) * g**2 for n, g in used.items()}
+    v = _moments(used, seen.state, "v")
+    lost = [n for n in v if (np.abs(v[n] - expected[n]) > 0.1 * expected[n] + 1e-30).any()]
+    if not lost:
+        return None
+    exact = replace(seen, state=seen.state | {f"{n}.v": expected[n] for n in v})
+    if _update(subject, exact, 1) is None:
+        return failed(
+            "optimiser state", f"{len(lost)} second moments are not what the step used", "resume_differs", lost
+        )
+    return failed("optimiser state", f"{len(lost)} second moments are not squares of gradients", "update_wrong", lost)
+
+
 def _update(subject: Subject, seen: Observed, number: int) -> Finding | None:
     """The parameters after the step, from the moments after it."""
     name = "update"
@@ -264,7 +288,7 @@ def _update(subject: Subject, seen: Observed, number: int) -> Finding | None:
         return failed(name, figure, "update_discarded", still)
     for cause, mistake in MISTAKES.items():
         guess = _adamw(subject, seen, number, **mistake)
-        if guess is not None and _difference(moved, guess) < SAME / 4:
+        if guess is not None and _difference(_only(moved, wrong), _only(guess, wrong)) < SAME / 4:
             return failed(name, figure, cause, wrong)
     ratios = {n: _ratio(moved[n], expected[n]) for n in wrong}
     if all(_difference({n: moved[n]}, {n: ratio * expected[n]}) < SAME for n, ratio in ratios.items()):
@@ -285,17 +309,46 @@ def _next(subject: Subject, first: Observed, seen: Observed, number: int) -> Fin
     expected = {n: beta * m1[n] + (1 - beta) * fresh[n] for n in fresh}
     count = float(seen.state["step"])
     if _difference(m2, expected) < SAME and count == number:
-        return _update(subject, seen, number)
+        return _second_moments(subject, first, seen, number) or _update(subject, seen, number)
+    odd = [n for n in m2 if _difference({n: m2[n]}, {n: expected[n]}) > SAME and np.any(expected[n])]
     figure = f"moments differ by {_difference(m2, expected):.1e} from what {number} steps make; {count:g} were counted"
     both = _clip(subject, {n: first.gradient[n] + seen.gradient[n] for n in fresh})
-    if _difference(m2, {n: beta * m1[n] + (1 - beta) * both[n] for n in fresh}) < SAME:
+    summed = {n: beta * m1[n] + (1 - beta) * both[n] for n in fresh}
+    if _difference(m2, summed) < SAME:
         return failed(name, figure, "gradients_accumulate")
+    if piled := _piled_up(first, seen, {n: m2[n] - beta * m1[n] for n in odd}):
+        return failed(name, figure, "gradients_accumulate", piled)
     reported, true = seen.metrics["grad_norm"], _norm_of({n: first.gradient[n] + seen.gradient[n] for n in fresh})
     if abs(reported - true) < 0.05 * true < abs(reported - _norm_of(seen.gradient)):
         return failed(name, figure, "gradients_accumulate")
     if _difference(m2, {n: (1 - beta) * fresh[n] for n in fresh}) < SAME:
         return failed(name, figure, "state_lost")
-    return failed(name, figure, "compiled_differs")
+    return failed(name, figure, "compiled_differs" if seen.compiled else "update_wrong", odd)
+
+
+def _piled_up(first: Observed, seen: Observed, used: Arrays) -> list[str]:
+    """Parameters that got both steps' gradients, if all others got the direction of their own."""
+    piled = []
+    for n, gradient in used.items():
+        own, both = {"": seen.gradient[n]}, {"": first.gradient[n] + seen.gradient[n]}
+        if _angle({"": gradient}, own) < SAME:
+            continue
+        if _angle({"": gradient}, both) > SAME:
+            return []
+        piled.append(n)
+    return piled
+
+
+def _second_moments(subject: Subject, first: Observed, seen: Observed, number: int) -> Finding | None:
+    """The squares that a later step adds to those before it."""
+    beta, fresh = subject.optim.betas[1], _clip(subject, seen.gradient)
+    v1, v2 = (_moments(seen.before, state, "v") for state in (first.state, seen.state))
+    expected = {n: beta * v1[n] + (1 - beta) * fresh[n] ** 2 for n in fresh}
+    if _difference(v2, expected) < SAME:
+        return None
+    figure = f"second moments differ by {_difference(v2, expected):.1e} from what {number} steps make"
+    lost = _difference(v2, {n: (1 - beta) * fresh[n] ** 2 for n in fresh}) < SAME
+    return failed(f"step {number}", figure, "state_lost" if lost else "update_wrong")
 
 
 def _adamw(
@@ -308,7 +361,7 @@ def _adamw(
     sign: float = 1.0,
 ) -> Arrays | None:
     """The step of AdamW (Loshchilov & Hutter 2019) from the moments after it; `decays` overrules the table."""
-    (b1, b2), table, lr = subject.optim.betas, subject.spec.params(), trial_rates(subject)
+    (b1, b2), table, lr = subject.optim.betas, subject.spec.params(), trial_rates(subject, number)
     c1, c2 = (1 - b1**number, 1 - b2**number) if bias_correction else (1.0, 1.0)
     moves = {}
     for n, before in seen.before.items():
@@ -338,8 +391,12 @@ def _used(subject: Subject, state: Arrays) -> Arrays | None:
     return {n: scale * state[f"{n}.m"].astype(np.float64) for n in names}
 
 
-def _moments(names: Arrays, state: Arrays) -> Arrays:
-    return {n: state[f"{n}.m"].astype(np.float64) for n in names}
+def _moments(names: Arrays, state: Arrays, kind: str = "m") -> Arrays:
+    return {n: state[f"{n}.{kind}"].astype(np.float64) for n in names}
+
+
+def _only(arrays: Arrays, names: Sequence[str]) -> Arrays:
+    return {n: arrays[n] for n in names}
 
 
 def _clip(subject: Subject, gradient: Arrays) -> Arrays:

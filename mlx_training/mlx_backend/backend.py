@@ -69,7 +69,7 @@ class Backend:
     def parameters(self, model: LanguageModel) -> dict[str, Registered]:
         trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
         known = tree_flatten(model.parameters())
-        return {name: Registered(tuple(p.shape), name in trainable) for name, p in known}
+        return {name: Registered(tuple(p.shape), name in trainable, mx.isfinite(p).all().item()) for name, p in known}
 
     def gradients(
         self,

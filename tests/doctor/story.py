@@ -159,7 +159,7 @@ class TorchLoop(Loop):
         raise NotImplementedError
 
 
-LOOPS = {"mlx": MlxLoop, "torch": TorchLoop}
+LOOPS: dict[str, Callable[..., Any]] = {"mlx": MlxLoop, "torch": TorchLoop}
 
 
 def only_arrays(leaves: Iterable[Any]) -> list[Any]:

@@ -9,8 +9,16 @@ from mlx_training.diagnostics import doctor
 from mlx_training.diagnostics.report import Report
 from tests.doctor.cases import healthy
 from tests.doctor.faults import FAULTS, LOOKALIKES, Fault, Lookalike
+from tests.doctor.faults.heldout import HELDOUT, HELDOUT_LOOKALIKES
 
-PAIRS = [(fault, backend) for fault in FAULTS for backend in fault.backends]
+KNOWN = [(fault, backend) for fault in FAULTS for backend in fault.backends]
+# written by somebody who had not seen the checks; docs/doctor.md has what was found and named at first contact
+UNSEEN = [(fault, backend) for fault in HELDOUT for backend in fault.backends]
+PAIRS = [
+    pytest.param(fault, backend, id=f"{fault.name}-{backend}", marks=[pytest.mark.proof] if pair in UNSEEN else [])
+    for pair in (*KNOWN, *UNSEEN)
+    for fault, backend in [pair]
+]
 
 
 def examine(subject: Any, *, full: bool) -> Report:
@@ -24,7 +32,7 @@ def planted(case: Fault | Lookalike, backend: str, folder: Path) -> Any:
     return case.plant(subject) or subject
 
 
-@pytest.mark.parametrize(("fault", "backend"), PAIRS, ids=[f"{fault.name}-{backend}" for fault, backend in PAIRS])
+@pytest.mark.parametrize(("fault", "backend"), PAIRS)
 def test_fault_is_found_and_named(fault: Fault, backend: str, backends: list[str], tmp_path: Path) -> None:
     if backend not in backends:
         pytest.skip(f"backend {backend} is not installed")
@@ -40,7 +48,7 @@ def test_healthy_subjects_pass_every_check(case: str, backend_name: str, tmp_pat
     assert not report.failed, str(report)
 
 
-@pytest.mark.parametrize("lookalike", LOOKALIKES, ids=lambda lookalike: lookalike.name)
+@pytest.mark.parametrize("lookalike", [*LOOKALIKES, *HELDOUT_LOOKALIKES], ids=lambda lookalike: lookalike.name)
 def test_lookalikes_pass(lookalike: Lookalike, backend_name: str, tmp_path: Path) -> None:
     report = examine(planted(lookalike, backend_name, tmp_path), full=False)
     assert not report.failed, str(report)
