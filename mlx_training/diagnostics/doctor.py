@@ -14,6 +14,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.diagnostics import (
     data_checks,
     gradient_checks,
+    label_checks,
     learning_checks,
     model_checks,
     run_checks,
@@ -29,7 +30,9 @@ from mlx_training.objectives import Objective
 # From root to symptom: the first fail is the likeliest cause of those after it.
 CHECKS = (
     *speed_checks.ENVIRONMENT,
-    *data_checks.CHECKS,
+    *data_checks.BATCHES,
+    *label_checks.CHECKS,
+    *data_checks.CONTENT,
     *model_checks.STRUCTURE,
     *learning_checks.TRAINED,
     *model_checks.BEHAVIOUR,

@@ -147,3 +147,21 @@ def only_label(batch: Batch, row: int, label: int) -> Batch:
     mask = np.zeros_like(batch.mask)
     mask[row, label] = 1
     return replace(batch, mask=mask)
+
+
+def row_index(batch: Batch, b: int) -> int:
+    """The row's number in its data set, where the batch knows it."""
+    return batch.rows[b] if batch.rows else b
+
+
+def series_of(exam: Exam, batch: Batch, b: int) -> list[int]:
+    """Which series row b of a batch sees; patch_index counts 1 + s * P + p."""
+    places = batch.patch_index[b][batch.patch_index[b] > 0] - 1
+    chosen = np.unique(places // (batch.series.shape[1] // exam.patch_size))
+    return [int(s) for s in chosen if s < len(batch.series)]
+
+
+def samples_of(exam: Exam, batch: Batch, b: int) -> list[np.ndarray]:
+    """The real samples of every series that row b sees."""
+    size = exam.patch_size
+    return [batch.series[s, : int(batch.num_patches[s]) * size] for s in series_of(exam, batch, b)]

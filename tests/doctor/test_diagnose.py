@@ -79,6 +79,17 @@ def test_what_is_detached_is_named(backend_name: str) -> None:
     assert report.failed[0].where == ("embedding.weight",)
 
 
+def test_a_module_in_a_tuple_is_missed_by_the_framework_only(backend_name: str) -> None:
+    model = own_model(backend_name)
+    out = model.out
+    del model.out
+    model.heads = (out,)
+    backend = backends.get(backend_name, Runtime(device="cpu"))
+    report = diagnose(model, own_objective, own_batches(), backend=backend)
+    assert report.cause == "unregistered_parameters", str(report)
+    assert report.failed[0].where == ("heads.0",)
+
+
 def test_a_step_of_ones_own(backend_name: str) -> None:
     backend = backends.get(backend_name, Runtime(device="cpu"))
 
