@@ -16,12 +16,14 @@ small step is bound by launches and takes longer than this. Evaluation and check
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_training.assemble import assemble, decoder_spec, timeseries_spec
 from mlx_training.config import RunConfig
 from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.series import round_up
 from mlx_training.data.tokenizer import Tokenizer
@@ -86,6 +88,16 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "batch_shape": batch.to_json(),
         "expected_seconds": {name: _seconds(config, name, flops, memory[name], steps) for name in installed_backends()},
     }
+
+
+def bytes_needed(config: RunConfig, spec: Spec, batch: Batch, backend: str) -> int:
+    """Memory of a run beside the framework itself, on micro-batches of the configured size and this batch's lengths."""
+    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
+    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, TimeSeriesSpec) and llm_config else {}
+    patch_size = spec.encoder.patch_size if isinstance(spec, TimeSeriesSpec) else 1
+    seen, rows = batch_shape(batch, patch_size), config.training.batch_size
+    whole = replace(seen, rows=rows, series=round(seen.series * rows / seen.rows))
+    return _memory(config, spec, lm_shape(spec, llm_config), whole, backend, frozen).total
 
 
 def show(result: Mapping[str, Any]) -> str:

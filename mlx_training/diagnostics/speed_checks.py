@@ -4,20 +4,29 @@ import time
 from typing import Any
 
 from mlx_training.diagnostics.exam import Check, Exam, without_dropout
+from mlx_training.diagnostics.plan import bytes_needed
 from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
 from mlx_training.environment import versions
 
 NUM_SHAPES = 36  # batches whose shapes are compared
-STALL = 0.3  # share of a step that making its batch may take
+MEMORY_SHARE = 0.9  # of the machine's memory that a plan may need
 
 
-def environment(exam: Exam) -> Finding:
-    """What runs here."""
-    backend, about = exam.subject.backend, versions()
-    packages = about["packages"]
-    version = packages.get(backend.name, "?")
+def environment(exam: Exam) -> list[Finding]:
+    """What runs here, and whether its memory will do for the batches as configured."""
+    name, backend, config, about = "environment", exam.subject.backend, exam.subject.config, versions()
+    version = about["packages"].get(backend.name, "?")
     figure = f"{backend.name} {version} on {backend.runtime.device}, {backend.runtime.precision}"
-    return passed("environment", f"{figure}; Python {about['python']}, {about['cpus']} CPUs, {about['memory_gb']} GB")
+    figure += f"; Python {about['python']}, {about['cpus']} CPUs, {about['memory_gb']} GB"
+    if config is None:
+        return [passed(name, figure)]
+    longest = max(exam.batches, key=lambda batch: batch.tokens.size)
+    needed = bytes_needed(config, exam.subject.spec, longest, backend.name) / 2**30
+    figure += f", of which the plan needs {needed:.1f}"
+    # an accelerator's own memory is not in this figure, unless it is the machine's (Apple silicon)
+    shared = backend.runtime.device != "cuda"
+    short = shared and needed > MEMORY_SHARE * about["memory_gb"]
+    return [warned(name, figure, "memory_short") if short else passed(name, figure)]
 
 
 def label_logits(exam: Exam) -> Finding:
