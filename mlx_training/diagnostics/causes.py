@@ -212,6 +212,10 @@ CAUSES: dict[str, Cause] = {
         "logits of the whole sequence are built", "apply the head at label positions only (model.logprobs)"
     ),
     "recompiles": Cause("the step is compiled again and again", "pad to few lengths (buckets); pass scalars as arrays"),
+    "host_sync": Cause(
+        "every step waits for the device before it returns",
+        "take no number out of an array (.item(), float, print) inside objective, model or step",
+    ),
     "data_stall": Cause("steps wait for data", "tokenise once and prepare batches ahead"),
     "padding_share": Cause("much of every batch is padding", "group rows of similar length"),
     "backend_missing": Cause("the configured backend or device is not usable", "see the message for what to install"),

@@ -9,6 +9,7 @@ from mlx_training.diagnostics.report import Finding, failed, passed, skipped, wa
 from mlx_training.environment import versions
 
 NUM_SHAPES = 36  # batches whose shapes are compared
+SYNC_SHARE = 0.95  # of a step's time that may pass before it returns
 MEMORY_SHARE = 0.9  # of the machine's memory that a plan may need
 
 
@@ -73,6 +74,26 @@ def shapes(exam: Exam) -> Finding:
     return passed(name, figure)
 
 
+def host_sync(exam: Exam) -> Finding:
+    """A step is launched and returns; the device works on. Only an accelerator can show it."""
+    name, subject = "host syncs", exam.subject
+    if subject.backend.runtime.device == "cpu":
+        return skipped(name, "on the CPU there is no device to wait for")
+    launch = wait = 0.0
+    with subject.restored():
+        step, rates = subject.new_step(), dict.fromkeys(subject.spec.groups, 0.0)
+        for number in range(1, 6):
+            started = time.perf_counter()
+            metrics = step([exam.batches[0]], step=number, lr=rates)
+            launched = time.perf_counter()
+            float(metrics["loss"])
+            if number > 2:  # the first ones compile
+                launch, wait = launch + launched - started, wait + time.perf_counter() - launched
+    share = launch / (launch + wait)
+    figure = f"{share:.0%} of a step passes before it returns"
+    return warned(name, figure, "host_sync") if share > SYNC_SHARE else passed(name, figure)
+
+
 def data_time(exam: Exam) -> Finding:
     """Making a batch takes little beside using it."""
     name, subject = "data time", exam.subject
@@ -89,6 +110,7 @@ def data_time(exam: Exam) -> Finding:
 CHECKS = (
     Check("logits", label_logits),
     Check("shapes", shapes),
+    Check("host syncs", host_sync),
     Check("data time", data_time),
 )
 ENVIRONMENT = (Check("environment", environment),)
