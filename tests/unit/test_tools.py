@@ -14,7 +14,7 @@ from mlx_training.config import RunConfig
 from mlx_training.errors import ConfigError
 from mlx_training.llm_source import describe_llm
 from mlx_training.spec import DecoderSpec, FrozenLM, RopeScaling, TimeSeriesSpec
-from tools import har_report, real_size
+from tools import har_folds, har_report, real_size
 from tools.make_llama import LLAMA_3_2_1B, make_llama
 
 TINY = LLAMA_3_2_1B | {
@@ -185,3 +185,18 @@ def test_report_runs_every_variant_once(
     assert har_report.run_all(windows, tmp_path, [1, 2], overrides)["control"][2] == results["control"][2]
     with pytest.raises(ConfigError, match="main_seed1 holds a run of another configuration"):
         har_report.run_all(windows, tmp_path, [1], [*overrides, "training.batch_size=8"])
+
+
+def test_folds_leave_the_test_subjects_out(
+    windows: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = ["training.num_epochs=null", "training.max_steps=2", "evaluation.every_steps=2", f"model.llm_id={llama}"]
+    argv = ["har_folds", "--data", str(windows), "--out", str(tmp_path / "out"), *SMALL, *budget]
+    monkeypatch.setattr("sys.argv", argv)
+    assert har_folds.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[-1].startswith("main 0.") and ", control 0." in lines[-1]
+    left = np.load(tmp_path / "out" / "without_test.npz")["subject"]
+    assert set(left.tolist()) == {1, 2, 3, 4, 21, 22, 23}
+    tested = [json.loads(line)["id"] for line in (tmp_path / "out/main_fold0/predictions_test.jsonl").open()]
+    assert len(tested) == 24  # subjects 1 and 23: every fifth
