@@ -28,7 +28,7 @@ def without_test(data: Path, out: Path) -> tuple[Path, list[int]]:
     splits = load_config(CONFIG, [f"dataset.path={data}"]).dataset.splits
     assert splits is not None and splits.group is not None, "the configuration splits by subject"
     arrays = dict(np.load(data))
-    keep = ~np.isin(arrays["subject"], [int(subject) for subject in splits.group["test"]])
+    keep = ~np.isin(arrays["subject"], [int(subject) for subject in splits.group.test or ()])
     path = out / "without_test.npz"
     np.savez(path, **{name: a[keep] if a.shape[:1] == keep.shape else a for name, a in arrays.items()})
     return path, np.unique(arrays["subject"][keep]).tolist()
