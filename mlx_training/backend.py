@@ -28,7 +28,7 @@ class Registered(NamedTuple):
 
     shape: tuple[int, ...]
     trainable: bool
-    finite: bool = True
+    finite: bool  # no NaN, no infinity
 
 
 @dataclass(frozen=True)

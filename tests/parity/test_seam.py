@@ -51,7 +51,15 @@ def test_parameters_are_listed_also_when_the_table_knows_others(backend_name: st
     backend, model = realise(backend_name, specs(directory)["timeseries-published"])
     del model.projector.norm
     assert "projector.norm.weight" not in backend.parameters(model)
-    assert backend.parameters(model)["projector.linear.bias"] == ((64,), True)
+    assert backend.parameters(model)["projector.linear.bias"] == ((64,), True, True)
+
+
+def test_values_that_are_not_finite_are_listed(backend_name: str, directory: Path) -> None:
+    backend, model = realise(backend_name, specs(directory)["timeseries-published"])
+    arrays = backend.export(model)
+    arrays["projector.linear.bias"][3] = np.inf
+    backend.load(model, arrays)
+    assert [name for name, known in backend.parameters(model).items() if not known.finite] == ["projector.linear.bias"]
 
 
 @pytest.mark.parametrize("case", CASES)
