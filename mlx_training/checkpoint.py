@@ -12,13 +12,15 @@ the other files. Arrays are float32 under canonical parameter names, the same fo
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors"
 CONTENTS = (MODEL, OPTIMIZER, STATE)
 STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 RUN_FILES = ("config.yaml", "env.json", "metrics.jsonl", "checkpoints")
+MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint: headers, its JSON, the other files of a run
 Arrays = dict[str, np.ndarray]
 
 
@@ -63,9 +66,12 @@ class CheckpointStore:
         """
         assert keep >= 1, keep
         final = self.directory / f"step_{step:08d}"
+        needed = sum(array.nbytes for array in (*model.values(), *optimizer.values())) + MARGIN
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
+            if shutil.disk_usage(self.directory).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary = self.directory / ".tmp-new"
             temporary.mkdir()
             save_file({name: np.asarray(array, order="C") for name, array in model.items()}, temporary / MODEL)
@@ -84,14 +90,11 @@ class CheckpointStore:
                 write_atomic(self.directory / "best", final.name + "\n")
             self._retain(step, keep)
         except (OSError, SafetensorError) as error:
-            free = _free_space(self.directory)
             with contextlib.suppress(OSError):
                 self._remove_leftovers()
-            needed = sum(array.nbytes for array in (*model.values(), *optimizer.values()))
             raise CheckpointError(
-                f"{final}: the checkpoint could not be written: {error}. It needs {needed / 1e6:.1f} MB; "
-                f"{free}. Free space there, or set output_dir to another disk. "
-                "Earlier checkpoints are intact; continue with --resume auto."
+                f"{final}: the checkpoint could not be written: {error}. It needs {needed / 1e6:.1f} MB. "
+                f"{disk_advice(self.directory.parent)}"
             ) from error
         return final
 
@@ -145,11 +148,16 @@ class CheckpointStore:
 
         A best one that came after it is forgotten at once.
         """
-        if checkpoint.path.resolve().parent == self.directory.resolve():
-            write_atomic(self.directory / "latest", checkpoint.path.name + "\n")
+        if self.holds(checkpoint.path):
+            if self._pointed("latest") != self.directory / checkpoint.path.name:
+                write_atomic(self.directory / "latest", checkpoint.path.name + "\n")
             best = self._pointed("best")
             if best is None or best.name > checkpoint.path.name:
                 (self.directory / "best").unlink(missing_ok=True)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a checkpoint directory is one of this run."""
+        return path.resolve().parent == self.directory.resolve()
 
     @property
     def has_best(self) -> bool:
@@ -194,6 +202,44 @@ class CheckpointStore:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+class CheckpointWriter:
+    """Saves in a thread of its own, one checkpoint at a time, so that training does not wait for the disk.
+
+    A write that failed is raised by the next call, whichever that is.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self.store = store
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self, step: int, model: Arrays, optimizer: Arrays, state: Mapping[str, Any], *, best: bool, keep: int
+    ) -> None:
+        """`CheckpointStore.save`, begun once the one before is done. The arrays must not change any more."""
+        self.wait()
+        self._pending = self._thread.submit(self.store.save, step, model, optimizer, state, best=best, keep=keep)
+
+    def check(self) -> None:
+        """Raise what went wrong, without waiting."""
+        if self._pending and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is on the disk."""
+        if self._pending:
+            wait([self._pending])
+            done, self._pending = self._pending, None
+            done.result()
+
+    def close(self) -> None:
+        """Finish what was begun."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def verify(path: Path) -> list[str]:
@@ -267,11 +313,16 @@ def claim_run_directory(directory: str | Path, resume: bool) -> Path:
         with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=directory):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: {directory} cannot be written ({error.strerror or error}). Set output_dir to a directory "
-            "you can write to."
-        ) from error
+        raise unwritable(directory, error) from error
     return directory
+
+
+def unwritable(directory: str | Path, error: OSError) -> ConfigError:
+    """What to raise when a run directory cannot be made or written."""
+    return ConfigError(
+        f"output_dir: {directory} cannot be written ({error.strerror or error}). Set output_dir to a directory "
+        "you can write to."
+    )
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -305,8 +356,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _free_space(directory: Path) -> str:
+@contextlib.contextmanager
+def full_disk_explained(run: Path) -> Iterator[None]:
+    """Any write that a full or read-only disk refuses as a CheckpointError."""
     try:
-        return f"{shutil.disk_usage(directory).free / 1e6:.1f} MB are free"
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"{error.filename or run}: cannot be written: {error.strerror}. {disk_advice(run)}"
+        ) from error
+
+
+def disk_advice(run: Path) -> str:
+    """What is free on a run's disk, and what to do when a write to it was refused."""
+    try:
+        free = f"{shutil.disk_usage(run).free / 1e6:.1f} MB are free"
     except OSError:
-        return "the free space is unknown"
+        free = "The free space is unknown"
+    return (
+        f"{free}. Remove files from that disk (runs that are not needed, their checkpoints/step_...), or make the "
+        "directory writable, or move the run to another disk and set output_dir. Earlier checkpoints are intact; "
+        "continue with --resume auto."
+    )

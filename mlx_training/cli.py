@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from mlx_training import __version__, verbs
+from mlx_training import __version__, flags, verbs
 from mlx_training.errors import DataError, Interrupted, UserError
 from mlx_training.verbs import Result
 
-BACKENDS = ("mlx", "torch", "auto")
+CHECKPOINT = "checkpoint"  # what the names of some verbs begin with
 
 
 @dataclass(frozen=True)
@@ -29,64 +28,6 @@ class Verb:
     run: Callable[[argparse.Namespace], Result]
     show: Callable[[Result], str]
     exit_code: Callable[[Result], int] = lambda result: 0
-
-
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see `ls`)")
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="values laid over it, spelled as in the YAML: training.max_steps=100",
-    )
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    _backend_argument(parser, "the configuration's")
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue: auto = the newest checkpoint in output_dir, if there is one"
-    )
-
-
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    _run_argument(parser)
-    rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--split", choices=("train", "validation", "test"), help="default: evaluation.test_split")
-    rows.add_argument("--data", metavar="FILE", type=Path, help="evaluate every row of this file; no split is applied")
-    _backend_argument(parser, "the run's")
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _run_argument(parser)
-    parser.add_argument("--rows", metavar="FILE", type=Path, required=True, help="rows to answer, .jsonl or .parquet")
-    _backend_argument(parser, "the run's")
-
-
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG|RUN", help="YAML file, shipped name, or directory of a training run")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the configuration")
-    parser.add_argument("--backend", choices=("mlx", "torch", "both"), help="default: the configuration's")
-    level = parser.add_mutually_exclusive_group()
-    level.add_argument("--quick", dest="full", action="store_false", default=False, help="what takes seconds (default)")
-    level.add_argument("--full", action="store_true", help="also resume, MLX = PyTorch, more rows and more steps")
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    _backend_argument(parser, "the configuration's")
-
-
-def _run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a training run (its output_dir)")
-
-
-def _backend_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--backend", choices=BACKENDS, help=f"default: {default}")
-
-
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
 
 
 def _show_tree(result: Any, indent: str = "") -> str:
@@ -110,6 +51,15 @@ def _show_plan(result: Result) -> str:
     return show(result)
 
 
+def _show_checkpoint(name: str) -> Callable[[Result], str]:
+    def show(result: Result) -> str:
+        from mlx_training import checkpoint_text
+
+        return getattr(checkpoint_text, f"show_{name}")(result)
+
+    return show
+
+
 def _show_rows(result: Result) -> str:
     return "\n".join(f"{row['id']}\t{row['prediction']}" for row in result["rows"])
 
@@ -127,35 +77,35 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "train a model from one YAML, evaluate it, and keep its best checkpoint",
         "mlx-training train quick_test training.max_steps=200 --backend torch",
-        _train_arguments,
+        flags.train,
         verbs.train,
         _show_tree,
     ),
     "evaluate": Verb(
         "accuracy of a trained run, beside chance and the same rows without their series",
         "mlx-training evaluate runs/quick_test --split test",
-        _evaluate_arguments,
+        flags.evaluate,
         verbs.evaluate,
         _show_tree,
     ),
     "generate": Verb(
         "answer every row of a file",
         "mlx-training generate runs/quick_test --rows questions.jsonl --json",
-        _generate_arguments,
+        flags.generate,
         verbs.generate,
         _show_rows,
     ),
     "validate": Verb(
         "check a configuration and the files it names, without training",
         "mlx-training validate timeseries/har dataset.path=har.npz",
-        _config_arguments,
+        flags.config,
         verbs.validate,
         _show_tree,
     ),
     "doctor": Verb(
         "name the cause of zero, exploding or NaN gradients, wrong data and slow steps",
         "mlx-training doctor quick_test --backend both",
-        _doctor_arguments,
+        flags.doctor,
         verbs.doctor,
         _show_doctor,
         lambda result: 0 if result["healthy"] else 1,
@@ -163,22 +113,51 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "parameters, FLOPs, memory and time of a configuration, before anything is built",
         "mlx-training plan timeseries/llama_3_2_1b",
-        _plan_arguments,
+        flags.plan,
         verbs.plan,
         _show_plan,
+    ),
+    "checkpoint ls": Verb(
+        "the checkpoints of a run: step, size, when, latest and best, complete or not",
+        "mlx-training checkpoint ls runs/quick_test",
+        flags.checkpoint_ls,
+        verbs.checkpoint_ls,
+        _show_checkpoint("list"),
+    ),
+    "checkpoint verify": Verb(
+        "check every SHA-256 sum and shape; exit code 3 when anything is damaged",
+        "mlx-training checkpoint verify runs/quick_test --json",
+        flags.checkpoint_verify,
+        verbs.checkpoint_verify,
+        _show_checkpoint("verify"),
+        lambda result: 0 if result["ok"] else 3,
+    ),
+    "checkpoint diff": Verb(
+        "compare two checkpoints or runs: parameters, moments, settings",
+        "mlx-training checkpoint diff runs/a runs/b",
+        flags.checkpoint_diff,
+        verbs.checkpoint_diff,
+        _show_checkpoint("diff"),
+    ),
+    "checkpoint export": Verb(
+        "write a run for Hugging Face, quantised for MLX, or as OpenTSLM's file",
+        "mlx-training checkpoint export runs/lm --to lm-4bit --format mlx --bits 4",
+        flags.checkpoint_export,
+        verbs.checkpoint_export,
+        _show_tree,
     ),
     "env": Verb(
         "backends, devices and versions on this machine",
         "mlx-training env --json",
-        _no_arguments,
+        flags.none,
         verbs.env,
         _show_tree,
     ),
-    "ls": Verb("the shipped configurations", "mlx-training ls", _no_arguments, verbs.ls, _show_configs),
+    "ls": Verb("the shipped configurations", "mlx-training ls", flags.none, verbs.ls, _show_configs),
     "schema": Verb(
         "JSON Schema of a configuration, for editors",
         "mlx-training schema > config.schema.json",
-        _no_arguments,
+        flags.none,
         verbs.schema,
         _show_schema,
     ),
@@ -187,7 +166,7 @@ VERBS: dict[str, Verb] = {
 
 def usage() -> str:
     """What `mlx-training --help` prints."""
-    table = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
+    table = "\n".join(f"  {name:17} {verb.summary}" for name, verb in VERBS.items())
     examples = "\n".join(f"  {VERBS[name].example}" for name in ("train", "evaluate", "doctor", "plan"))
     return f"""usage: mlx-training VERB ... [--json]
 
@@ -206,11 +185,13 @@ Exit codes: 0 fine, 1 the doctor found a fault, 2 configuration, 3 data or check
 
 def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     """The verb and its arguments; overrides may stand before or after flags. Exits with 2 on a usage error."""
-    name, rest = argv[0], argv[1:]
+    words = 2 if argv[0] == CHECKPOINT else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in VERBS:
-        close = get_close_matches(name, VERBS, 1)
+        known = [verb for verb in VERBS if words == 1 or verb.startswith(CHECKPOINT)]
+        close = get_close_matches(name, known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown verb {name!r}; the verbs are {', '.join(VERBS)}{hint}")
+        raise UserError(f"unknown verb {name!r}; the verbs are {', '.join(known)}{hint}")
     verb = VERBS[name]
     parser = argparse.ArgumentParser(
         prog=f"mlx-training {name}",
@@ -225,7 +206,7 @@ def parse(argv: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user's making are one message on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help", "help") or [*argv] in ([CHECKPOINT, flag] for flag in ("-h", "--help")):
         print(usage(), end="")
         return 0
     if argv[0] in ("-V", "--version"):

@@ -1,72 +1,238 @@
-"""Which checkpoint a run is continued from, and whether it may be."""
+"""Whether a run directory may be trained in, which checkpoint is continued, and what may have changed since."""
 
+import contextlib
+import json
+import os
+import socket
 import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, TextIO
 
 from mlx_training.assemble import Assembly, check_fits
-from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes
+from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes, unwritable
 from mlx_training.config import RunConfig, load_config
 from mlx_training.errors import CheckpointError, ConfigError
 
-FIXED = (  # what a run cannot change when it is continued
-    "experiment.seed",
-    "model",
-    "dataset",
-    "training.batch_size",
-    "training.grad_accumulation_steps",
-)
+try:
+    import fcntl
+except ImportError:  # not on this system: the lock file is a note, not a lock
+    fcntl = None  # type: ignore[assignment]
+
+LOCK, RESULT = "train.lock", "result.json"
+# Keys that may change when a run is continued: single ones, and sections (with their dot).
+LABELS = ("experiment.name", "experiment.tags", "experiment.notes", "output_dir", "logging.", "diagnostics.")
+STOPPING = ("training.early_stopping_patience", "training.early_stopping_min_delta")
+LENGTH = ("training.max_steps", "training.num_epochs")  # raised; or anything, once the run has finished
+HARMLESS = (*LABELS, *STOPPING, "checkpoint.", "evaluation.", "backend", "device")
+MEASURE = ("evaluation.split", "evaluation.max_rows")  # the best value was measured there: not harmless
+GENERATION = "evaluation.max_new_tokens"  # nor is this, where answers choose the best
+Changes = dict[str, tuple[Any, Any]]  # key: (old, new)
 
 
-def find_checkpoint(store: CheckpointStore, resume: str | None, assembly: Assembly) -> Checkpoint | None:
-    """The checkpoint to continue from, if any. Nothing on the disk changes unless it fits."""
+@contextlib.contextmanager
+def locked(directory: str | Path) -> Iterator[None]:
+    """Hold the run directory, creating it, against a second training process; a killed process lets go of it.
+
+    Raises ConfigError while another process holds it, or when it cannot be written.
+    """
+    path = Path(directory) / LOCK
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _lock(path)
+        file.truncate(0)
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
+    except OSError as error:
+        raise unwritable(directory, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: nobody else can have locked this very file
+        file.close()
+
+
+def _lock(path: Path) -> TextIO:
+    """The lock file, open and locked."""
+    while True:
+        file = open(  # noqa: SIM115  held as long as the run
+            os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8"
+        )
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise ConfigError(_held(path.parent, file.read())) from None
+        except OSError:  # a file system without locks: the file is a note there
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder has removed it since it was opened
+
+
+def _held(directory: Path, content: str) -> str:
+    try:
+        holder = json.loads(content)
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
+    except (ValueError, KeyError, TypeError):  # it has only just begun
+        who = "another process"
+    return (
+        f"output_dir: {directory} is being trained in by {who}. Wait for it or stop it, or set output_dir to "
+        "another directory; nothing was changed."
+    )
+
+
+def find_checkpoint(
+    store: CheckpointStore, resume: str | None, assembly: Assembly, allow_change: Sequence[str] = ()
+) -> tuple[Checkpoint | None, Changes]:
+    """The checkpoint to continue from, if any, and what the configuration changes of its run.
+
+    Nothing on the disk changes unless it fits, and every change is harmless or allowed.
+    """
     if resume is None:
-        return None
-    if resume != "auto":
-        if not (path := Path(resume)).name.startswith("step_") or not path.is_dir():
-            raise CheckpointError(
-                f"--resume {resume}: not a checkpoint directory; give auto, or a directory RUN/checkpoints/step_..."
-            )
-        checkpoint: Checkpoint | None = store.load(path)
-        message = ""
-    else:
-        checkpoint, message = store.latest_valid()
+        if allow_change:
+            raise ConfigError("--allow-change is for a run that is continued: give --resume auto, or leave it out")
+        return None, {}
+    checkpoint, message = store.latest_valid() if resume == "auto" else (_given(store, Path(resume)), "")
     if message:
         print(f"warning: {message}", file=sys.stderr)
-    if checkpoint:
-        check_resumable(assembly, checkpoint)
-        check_unchanged(assembly.config, store.directory.parent)
-        store.rewind(checkpoint)
-    return checkpoint
-
-
-def check_unchanged(config: RunConfig, run: Path) -> None:
-    """ConfigError unless the run that is continued has the same model, data and seed."""
-    if not (run / "config.yaml").is_file():
-        return
-    given, before = config.model_dump(mode="json"), load_config(run / "config.yaml").model_dump(mode="json")
-    changed = []
-    for key in FIXED:
-        section, _, name = key.partition(".")
-        now, then = (value[section][name] if name else value[section] for value in (given, before))
-        keys = sorted(now.keys() | then.keys()) if isinstance(now, dict) else []
-        changed += [f"{key}.{k}: {then.get(k)} -> {now.get(k)}" for k in keys if now.get(k) != then.get(k)]
-        if not keys and now != then:
-            changed.append(f"{key}: {then} -> {now}")
-    if changed:
-        raise ConfigError(
-            f"{run} was trained with other settings than those it would be continued with:\n  "
-            + "\n  ".join(changed)
-            + "\nUndo these changes, or start another run: output_dir=... with training.init_from"
-        )
-
-
-def check_resumable(assembly: Assembly, checkpoint: Checkpoint) -> None:
-    """CheckpointError unless parameters and optimiser state fit, and the frozen LM is the very same."""
+    if checkpoint is None:
+        _check_allowed(allow_change, assembly.config, {})
+        return None, {}
     if "progress" not in checkpoint.state:
         raise CheckpointError(
             f"{checkpoint.path} holds weights, but no training that could be continued; "
             "start from it: training.init_from instead of --resume"
         )
+    if store.paths() and not store.holds(checkpoint.path):  # another run's may not take the place of this one's
+        raise ConfigError(
+            f"--resume {resume}: output_dir {store.directory.parent} has checkpoints of its own. Continue them with "
+            "--resume auto, or set output_dir to a directory that does not exist yet; nothing was changed."
+        )
+    run = checkpoint.path.resolve().parents[1]
+    changed = _changes(run, assembly.config)
+    _check_allowed(allow_change, assembly.config, changed)
+    refused = [key for key in changed if not _passes(key, changed[key], assembly.config, _finished(checkpoint))]
+    _check_unchanged(run, {key: changed[key] for key in refused if not _within(key, allow_change)})
+    _check_fits(assembly, checkpoint)
+    if "checkpoint.best" in changed or set(refused) & {*MEASURE, GENERATION} or _touches(refused, "dataset.", "model."):
+        checkpoint.state["progress"] |= {"best": None, "evaluations_without_improvement": 0}  # another measure
+    store.rewind(checkpoint)
+    return checkpoint, changed
+
+
+def finished_result(
+    store: CheckpointStore, checkpoint: Checkpoint, changed: Changes, backend: str
+) -> dict[str, Any] | None:
+    """What this run printed when it finished with this checkpoint, unless its report would now be another."""
+    if not store.holds(checkpoint.path) or any(
+        not _within(key, (*LABELS, *STOPPING, *LENGTH, "checkpoint.", "backend")) for key in changed
+    ):
+        return None
+    result = _finished(checkpoint)
+    return result | {"run": str(store.directory.parent)} if result and result.get("backend") == backend else None
+
+
+def _finished(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The result beside the checkpoint; a run has one only while it ends there."""
+    try:
+        result = json.loads((checkpoint.path.resolve().parents[1] / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("steps") == checkpoint.step else None
+
+
+def _given(store: CheckpointStore, path: Path) -> Checkpoint:
+    if not path.name.startswith("step_") or not path.is_dir():
+        raise CheckpointError(
+            f"--resume {path}: not a checkpoint directory; give auto, or a directory RUN/checkpoints/step_..."
+        )
+    return store.load(path)
+
+
+def _changes(run: Path, config: RunConfig) -> Changes:
+    """Every key that differs from the configuration the run was trained with."""
+    if not (run / "config.yaml").is_file():
+        return {}
+    before = load_config(run / "config.yaml")
+    return dict(_differences("", before.model_dump(mode="json"), config.model_dump(mode="json")))
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _differences(f"{key}.{name}".lstrip("."), old.get(name), new.get(name))
+    elif old != new:
+        yield key, (old, new)
+
+
+def _passes(key: str, change: tuple[Any, Any], config: RunConfig, finished: Any) -> bool:
+    """Whether a key may change without being asked for."""
+    old, new = change
+    if key in LENGTH:
+        return bool(finished) or (old is not None and new is not None and new > old)
+    if key == GENERATION:
+        return config.checkpoint.best == "eval/loss"
+    return _within(key, HARMLESS) and key not in MEASURE
+
+
+def _within(key: str, places: Collection[str]) -> bool:
+    """Whether a key is one of these, or inside one of them."""
+    return any(key == place or key.startswith(place.rstrip(".") + ".") for place in places)
+
+
+def _touches(keys: Collection[str], *sections: str) -> bool:
+    return any(key.startswith(sections) for key in keys)
+
+
+def _check_allowed(allowed: Sequence[str], config: RunConfig, changed: Changes) -> None:
+    """ConfigError for a name that is no key; a hint for a key that has not changed."""
+    known = {name for key in (*_keys("", config.model_dump(mode="json")), *changed) for name in _prefixes(key)}
+    for key in allowed:
+        if key not in known:
+            close = get_close_matches(key, known, 1)
+            raise ConfigError(
+                f"--allow-change {key}: there is no such key in this configuration"
+                + (f"; did you mean {close[0]}?" if close else "; keys are spelled as in training.learning_rate")
+            )
+        if not any(_within(name, (key,)) for name in changed):
+            print(f"note: --allow-change {key}: it has not changed; the flag can be left out", file=sys.stderr)
+
+
+def _keys(prefix: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _keys(f"{prefix}.{name}".lstrip("."), inner)
+    else:
+        yield prefix
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+
+def _check_unchanged(run: Path, refused: Changes) -> None:
+    """ConfigError that names every change and the flag that accepts it."""
+    if refused:
+        shown = {key: " -> ".join(json.dumps(value, ensure_ascii=False) for value in refused[key]) for key in refused}
+        lines = [f"{key}: {change}   (--allow-change {key})" for key, change in shown.items()]
+        raise ConfigError(
+            f"{run} was trained with other settings than those it would be continued with:\n  "
+            + "\n  ".join(lines)
+            + "\nUndo these changes, accept each with its flag, or start another run: output_dir=... with "
+            "training.init_from. Nothing was changed."
+        )
+
+
+def _check_fits(assembly: Assembly, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless parameters and optimiser state fit, and the frozen LM is the very same."""
     check_fits(assembly.spec, checkpoint)
     moments = {f"{name}.{k}": param.shape for name, param in assembly.spec.params().items() for k in "mv"}
     given = {name: array.shape for name, array in checkpoint.optimizer.items()}

@@ -4,6 +4,7 @@ A record is one flat mapping of names to numbers or strings. Names the progress 
 `lr/<group>`, `grad_norm`, `spike`, `skipped`, `tokens_per_second`, `memory_gb`; under `eval/` is an evaluation.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, Literal, Protocol, TextIO
 
 from mlx_training.checkpoint import write_atomic
 
+METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -47,14 +49,19 @@ class Tracker:
 class JsonLines:
     """One JSON object a line of a file, flushed at once. NaN and infinities, at any depth, are written as strings."""
 
-    def __init__(self, path: str | Path, *, from_step: int = 0, lazy: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, from_step: int = 0, evaluated: int | None = None, lazy: bool = False
+    ) -> None:
         """Append to `path`, after dropping the lines past `from_step`, where the run is resumed (0: all lines).
 
+        `evaluated`: the last evaluation that the resumed run knows of, where that is an earlier step.
         `lazy`: make the file with the first record.
         """
         path = Path(path)
         if path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= from_step] if from_step else []
+            last = {True: from_step if evaluated is None else evaluated, False: from_step}
+            records = read_metrics(path) if from_step else []
+            kept = [record for record in records if record["step"] <= last[_is_evaluation(record)]]
             write_atomic(path, "".join(_line(record) for record in kept))
         self.path = path
         self.file = None if lazy else path.open("a", encoding="utf-8")
@@ -151,10 +158,9 @@ class Progress:
         if seconds is not None:
             parts.append(f"ETA {_duration(seconds)}")
         line = "  ".join(parts)
-        is_evaluation = any(name.startswith("eval/") for name in record)
         if not self.stream.isatty():
             self.stream.write(line + "\n")
-        elif is_evaluation:
+        elif _is_evaluation(record):
             self.stream.write("\r" + line.ljust(self.drawn) + "\n")
             self.drawn = 0
         else:
@@ -176,11 +182,31 @@ class Progress:
         return max(0, self.total_steps - step) * (now - first_time) / (step - first_step)
 
 
+class StepTimer:
+    """Supervised tokens and seconds per step since the last reading; `restart` leaves out what was between."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.since, self.tokens, self.steps = time.monotonic(), 0, 0
+
+    def count(self, tokens: int) -> None:
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+
+    def read(self) -> dict[str, float]:
+        seconds = time.monotonic() - self.since
+        rates = {"tokens_per_second": self.tokens / seconds, "seconds_per_step": seconds / self.steps}
+        self.restart()
+        return rates
+
+
 def open_tracker(
     directory: str | Path,
     *,
     total_steps: int,
     from_step: int = 0,
+    evaluated: int | None = None,
     wandb: Literal["disabled", "offline", "online"] = "disabled",
     project: str | None = None,
     name: str = "",
@@ -188,15 +214,26 @@ def open_tracker(
     notes: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> Tracker:
-    """The sinks of a training run in `directory`, which continues after optimiser step `from_step`."""
+    """The sinks of a training run in `directory`, which continues after optimiser step `from_step`.
+
+    `evaluated` is the step of the last evaluation that it continues after.
+    """
     sinks: list[Sink] = [
-        JsonLines(Path(directory) / "metrics.jsonl", from_step=from_step),
+        JsonLines(Path(directory) / METRICS, from_step=from_step, evaluated=evaluated),
         Progress(total_steps, from_step=from_step),
     ]
     if wandb != "disabled":
         about: dict[str, Any] = {"project": project, "name": name, "tags": tags, "notes": notes, "config": config or {}}
         sinks.append(WandbSink(directory, mode=wandb, **about))
     return Tracker(sinks)
+
+
+def set_aside(path: Path) -> None:
+    """Keep what an earlier attempt logged, under the first free name PATH.1, PATH.2, ..., and say so."""
+    if path.is_file() and read_metrics(path):
+        kept = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+        path.rename(kept)
+        print(f"warning: {path} is of steps that no checkpoint here has; it is kept as {kept.name}", file=sys.stderr)
 
 
 def read_metrics(path: str | Path) -> list[Record]:
@@ -210,6 +247,10 @@ def read_metrics(path: str | Path) -> list[Record]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(_restored(record))
     return records
+
+
+def _is_evaluation(record: Record) -> bool:
+    return any(name.startswith("eval/") for name in record)
 
 
 def _line(record: Record) -> str:

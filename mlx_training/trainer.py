@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,13 @@ from typing import Any
 from mlx_training import schedule
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
 from mlx_training.backend import Optim
-from mlx_training.checkpoint import CheckpointStore, claim_run_directory, write_atomic
+from mlx_training.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    claim_run_directory,
+    full_disk_explained,
+    write_atomic,
+)
 from mlx_training.config import RunConfig, to_yaml
 from mlx_training.diagnostics import norms
 from mlx_training.diagnostics.guard import ADVICE, Guard
@@ -24,8 +30,8 @@ from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
-from mlx_training.resume import find_checkpoint
-from mlx_training.tracking import JsonLines, Tracker, open_tracker
+from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
+from mlx_training.tracking import METRICS, JsonLines, StepTimer, Tracker, open_tracker, set_aside
 
 
 @dataclass
@@ -42,19 +48,33 @@ class Progress:
     stopped_early: bool = False
 
 
-def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
+def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> dict[str, Any]:
     """Train a configuration; the returned object is what `train --json` prints.
 
     `resume`: None starts in a new directory; "auto" continues the newest valid checkpoint, or starts; a path
-    continues that checkpoint. Raises DivergedError, Interrupted, and the errors of what it puts together.
+    continues that checkpoint. `allow_change`: keys that may differ from the run that is continued, beside harmless
+    ones. Raises DivergedError, Interrupted, and the errors of what it puts together.
     """
+    with locked(config.output_dir), full_disk_explained(Path(config.output_dir)):
+        return train_locked(config, resume, allow_change)
+
+
+def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[str]) -> dict[str, Any]:
+    """`train`, while no other process may train in this directory."""
     started = time.monotonic()
     run = claim_run_directory(config.output_dir, resume is not None)
     store = CheckpointStore(run)
     backend = open_backend(config)
     assembly = assemble(config, run)
     batches, total_steps = plan(assembly)
-    checkpoint = find_checkpoint(store, resume, assembly)
+    checkpoint, changed = find_checkpoint(store, resume, assembly, allow_change)
+    progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    progress.stopped_early = out_of_patience(config, progress)
+    first = checkpoint.step if checkpoint else 0
+    is_over = first >= total_steps or progress.stopped_early
+    if checkpoint and is_over and (result := finished_result(store, checkpoint, changed, backend.name)):
+        print(f"{run}: finished at step {first}: nothing left to train", file=sys.stderr)
+        return result
 
     model = backend.build(assembly.spec)
     step = backend.make_step(model, lm, optim(config), seed=config.experiment.seed)
@@ -66,13 +86,15 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
         if config.training.init_from:
             arrays = load_initial(config.training.init_from, {n: a.shape for n, a in arrays.items()}, run)
         backend.load(model, arrays)
-    progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if not store.has_best:  # resumed before the best one, or in another directory
         progress.best = None
-    first = checkpoint.step if checkpoint else 0
+    if not (checkpoint and store.holds(checkpoint.path)):
+        set_aside(run / METRICS)
+        set_aside(run / norms.FILE)
+    (run / RESULT).unlink(missing_ok=True)
     describe_run(run, assembly, backend.name)
     start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
-    start += ": nothing left to train" if first >= total_steps or progress.stopped_early else ""
+    start += ": nothing left to train" if is_over else ""
     size = f"{assembly.spec.num_parameters:,} trainable parameters"
     print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
@@ -84,7 +106,8 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
     base_seconds = progress.seconds - started
     with (
         interruptible() as interrupted,
-        closing(tracker_of(run, config, first, total_steps)) as tracker,
+        closing(CheckpointWriter(store)) as writer,
+        closing(tracker_of(run, config, first, progress.evaluated, total_steps)) as tracker,
         closing(JsonLines(run / norms.FILE, from_step=first, lazy=True)) as probe_log,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
     ):
@@ -98,13 +121,14 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
 
         def save(*, best: bool) -> None:
             state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly.spec), "backend": backend.name}
-            store.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
+            writer.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
         if cadence.evaluates(number) and progress.evaluated < number:  # interrupted between saving and evaluating
             save(best=evaluate())
         stopping = False
         while number < total_steps and not progress.stopped_early and not stopping:
+            writer.check()
             number += 1
             rates = learning_rates(config, number, total_steps)
             micro_batches = [next(stream) for _ in range(accumulation)]
@@ -129,32 +153,30 @@ def train(config: RunConfig, *, resume: str | None = None) -> dict[str, Any]:
             improved = evaluates and evaluate()
             if saves and (evaluates or stopping or not guard.in_a_row):  # else the last update may have been a bad one
                 save(best=improved)
+        writer.wait()
         if interrupted:
             raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
 
-    backend.load(model, store.best_or_latest().model)
-    split = config.evaluation.test_split or config.evaluation.split
-    report, predictions = evaluator.report(split)
-    if config.evaluation.save_predictions and predictions:
-        save_predictions(run / f"predictions_{split}.jsonl", predictions)
-    result = {
-        "run": str(run),
-        "backend": backend.name,
-        "steps": number,
-        "loss": progress.loss,
-        "seconds": round(progress.seconds, 2),
-        "eval": report,
-    }
-    write_atomic(run / "result.json", json.dumps(result, indent=1) + "\n")
+    with stoppable(f"in the final report; the training is saved at step {number}; continue with --resume auto"):
+        backend.load(model, store.best_or_latest().model)
+        split = config.evaluation.test_split or config.evaluation.split
+        report, predictions = evaluator.report(split)
+        if config.evaluation.save_predictions and predictions:
+            save_predictions(run / f"predictions_{split}.jsonl", predictions)
+        seconds = round(progress.seconds, 2)
+        result = {"run": str(run), "backend": backend.name, "steps": number, "loss": progress.loss, "seconds": seconds}
+        result["eval"] = report
+        write_atomic(run / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def tracker_of(run: Path, config: RunConfig, first: int, total_steps: int) -> Tracker:
+def tracker_of(run: Path, config: RunConfig, first: int, evaluated: int, total_steps: int) -> Tracker:
     """The sinks of this run, continuing after step `first`."""
     return open_tracker(
         run,
         total_steps=total_steps,
         from_step=first,
+        evaluated=evaluated,
         wandb=config.logging.wandb,
         project=config.logging.project,
         name=config.experiment.name,
@@ -199,9 +221,14 @@ def judge(config: RunConfig, progress: Progress, values: dict[str, float], step:
         progress.best, progress.evaluations_without_improvement = value, 0
         return True
     progress.evaluations_without_improvement += 1
-    patience = config.training.early_stopping_patience
-    progress.stopped_early = patience is not None and progress.evaluations_without_improvement >= patience
+    progress.stopped_early = out_of_patience(config, progress)
     return False
+
+
+def out_of_patience(config: RunConfig, progress: Progress) -> bool:
+    """Whether early stopping has seen enough."""
+    patience = config.training.early_stopping_patience
+    return patience is not None and progress.evaluations_without_improvement >= patience
 
 
 def describe_run(run: Path, assembly: Assembly, backend: str) -> None:
@@ -237,25 +264,6 @@ class Cadence:
         return step % self.save_every == 0 or step == self.total_steps
 
 
-class StepTimer:
-    """Supervised tokens and seconds per step since the last reading; `restart` leaves out what was between."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.since, self.tokens, self.steps = time.monotonic(), 0, 0
-
-    def count(self, tokens: int) -> None:
-        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
-
-    def read(self) -> dict[str, float]:
-        seconds = time.monotonic() - self.since
-        rates = {"tokens_per_second": self.tokens / seconds, "seconds_per_step": seconds / self.steps}
-        self.restart()
-        return rates
-
-
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM so that a step can finish and be saved; a second one aborts at once."""
@@ -275,3 +283,18 @@ def interruptible() -> Iterator[list[int]]:
     finally:
         for expected, handler in previous.items():
             signal.signal(expected, handler)
+
+
+@contextmanager
+def stoppable(message: str) -> Iterator[None]:
+    """Raise Interrupted with this message as soon as SIGINT or SIGTERM comes."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise Interrupted(number, message)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -14,7 +14,8 @@ def train(args: argparse.Namespace) -> Result:
     from mlx_training.config import load_config
     from mlx_training.trainer import train as train_configuration
 
-    return train_configuration(load_config(args.config, _overrides(args)), resume=args.resume)
+    config = load_config(args.config, _overrides(args))
+    return train_configuration(config, resume=args.resume, allow_change=args.allow_change)
 
 
 def evaluate(args: argparse.Namespace) -> Result:
@@ -77,6 +78,40 @@ def plan(args: argparse.Namespace) -> Result:
     return plans.plan(load_config(args.config, _overrides(args)))
 
 
+def checkpoint_ls(args: argparse.Namespace) -> Result:
+    """A run's checkpoints."""
+    _expect_run(args.run)
+    from mlx_training.checkpoint_tools import list_checkpoints
+
+    return list_checkpoints(args.run)
+
+
+def checkpoint_verify(args: argparse.Namespace) -> Result:
+    """Sums and shapes."""
+    _expect_run(args.path, "RUN|CHECKPOINT")
+    from mlx_training.checkpoint_tools import verify_checkpoints
+
+    return verify_checkpoints(args.path)
+
+
+def checkpoint_diff(args: argparse.Namespace) -> Result:
+    """What differs between two."""
+    _expect_run(args.a, "A")
+    _expect_run(args.b, "B")
+    from mlx_training.checkpoint_tools import diff
+
+    return diff(args.a, args.b)
+
+
+def checkpoint_export(args: argparse.Namespace) -> Result:
+    """A run in another format."""
+    _expect_run(args.run)
+    from mlx_training.export import export_run
+
+    written = export_run(args.run, args.to, args.format, args.bits, args.group_size)
+    return {"run": str(args.run), "to": str(args.to), "format": args.format, "written": written}
+
+
 def env(args: argparse.Namespace) -> Result:
     """What this machine has."""
     from mlx_training.environment import report
@@ -108,9 +143,10 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *([f"backend={backend}"] if backend else [])]
 
 
-def _expect_run(run: Path) -> None:
+def _expect_run(run: Path, name: str = "RUN") -> None:
     if not run.is_dir():
-        raise CheckpointError(f"RUN {str(run)!r} is not a directory; give the output_dir of a training run")
+        hint = " or a checkpoint of it" if name != "RUN" else ""
+        raise CheckpointError(f"{name} {str(run)!r} is not a directory; give the output_dir of a training run{hint}")
 
 
 def _expect_rows(flag: str, path: Path | None) -> None:

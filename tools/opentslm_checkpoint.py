@@ -10,15 +10,13 @@ from pathlib import Path
 
 from mlx_training.checkpoint import CheckpointStore, claim_run_directory
 from mlx_training.errors import UserError
-from mlx_training.opentslm import read_lora, read_opentslm, write_lora, write_opentslm
+from mlx_training.export import export_opentslm
+from mlx_training.opentslm import read_opentslm, write_lora
 
 
 def export_run(run: Path, out: Path) -> str:
     """Write the encoder, projector and kept LoRA weights of a run."""
-    checkpoint = CheckpointStore(run).best_or_latest()
-    lora = read_lora(run)
-    write_opentslm(out, checkpoint.model, lora=lora)
-    return f"{out}: {len(checkpoint.model)} arrays of step {checkpoint.step}; {lora or 'no LoRA'}"
+    return f"{out}: {export_opentslm(run, out)}"
 
 
 def import_file(source: Path, out: Path) -> str:

@@ -157,6 +157,10 @@ CAUSES: dict[str, Cause] = {
         "AdamW runs without bias correction: the first steps are about 3 times too long",
         "MLX: optim.AdamW(..., bias_correction=True)",
     ),
+    "learning_rate_too_large": Cause(
+        "the learning rate is far too large",
+        "lower it; AdamW moves by about the rate a step",
+    ),
     "learning_rate_too_small": Cause(
         "at this learning rate nothing can move far in the whole run", "raise it; AdamW moves by about the rate a step"
     ),
@@ -202,6 +206,7 @@ CAUSES: dict[str, Cause] = {
         "the trained model does not use the series: without them it answers just as well",
         "look at the gradient of the encoder, and whether text alone tells the answer",
     ),
+    "metrics_damaged": Cause("metrics.jsonl cannot be read", "look at the file; a run that is resumed writes it again"),
     "loss_nonfinite": Cause("the loss became NaN or infinite", "look at the rows and the module that are named"),
     "loss_flat": Cause("the loss has not fallen", "raise the learning rate; run the doctor on the configuration"),
     "loss_spikes": Cause("the loss jumps", "lower the learning rate, clip at 1.0, lengthen the warm-up"),

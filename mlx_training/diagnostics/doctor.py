@@ -21,7 +21,7 @@ from mlx_training.diagnostics import (
     speed_checks,
     update_checks,
 )
-from mlx_training.diagnostics.exam import Check, Exam
+from mlx_training.diagnostics.exam import Check, Exam, as_it_was
 from mlx_training.diagnostics.report import Finding, Report, failed, passed, skipped
 from mlx_training.diagnostics.subject import Subject, TableSpec, from_assembly, from_config
 from mlx_training.errors import CheckpointError, UserError
@@ -57,18 +57,27 @@ def examine_run(run: Path, backend: str | None = None, *, full: bool = False, wa
     started, report = time.monotonic(), Report(subject=str(run))
     for finding in run_checks.metrics(run):
         _add(report, finding, watch)
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run}: no config.yaml; expected a run directory, as `mlx-training train` makes it")
+    config = load_config(run / "config.yaml")
+    assembly = assemble(config, run)
     try:
-        config = load_config(run / "config.yaml")
-        checkpoint = CheckpointStore(run).best_or_latest()
-        assembly = assemble(config, run)
-        check_fits(assembly.spec, checkpoint)
+        saved = any((run / "checkpoints").glob("step_*"))
+        checkpoint = CheckpointStore(run).best_or_latest() if saved else None
+        if checkpoint:
+            check_fits(assembly.spec, checkpoint)
     except CheckpointError as error:
+        report.backend = backend or config.backend
         _add(report, failed("checkpoint", str(error), "checkpoint_damaged"), watch)
     else:
-        _add(report, passed("checkpoint", f"step {checkpoint.step}, sums verified"), watch)
         subject = from_assembly(assembly, backend)
-        subject.backend.load(subject.model, checkpoint.model)
-        rest = examine(replace(subject, fresh=False, trained=True), full=full, watch=watch)
+        if checkpoint is None:
+            _add(report, skipped("checkpoint", "nothing was saved: what follows is about the initial values"), watch)
+        else:
+            _add(report, passed("checkpoint", f"step {checkpoint.step}, sums verified"), watch)
+            subject.backend.load(subject.model, checkpoint.model)
+            subject = replace(subject, fresh=False, trained=True)
+        rest = examine(subject, full=full, watch=watch)
         report.findings, report.backend = report.findings + rest.findings, rest.backend
     report.seconds = time.monotonic() - started
     return report
@@ -129,7 +138,8 @@ def diagnose(
     if not chosen:
         raise UserError("diagnose: no batches given; give at least one, better four different ones")
     spec = getattr(model, "spec", None) or TableSpec.of(backend.parameters(model))
-    if getattr(model, "spec", None) is None:
+    own = getattr(model, "spec", None) is None
+    if own:
         model.spec = spec
     subject = Subject(
         backend=backend,
@@ -143,7 +153,12 @@ def diagnose(
         fresh=False,
         make_step=make_step or Subject.default_step,
     )
-    return examine(subject, full=full, name=type(model).__name__)
+    try:
+        with as_it_was(model):
+            return examine(subject, full=full, name=type(model).__name__)
+    finally:
+        if own:
+            del model.spec
 
 
 def _add(report: Report, finding: Finding, watch: Watcher | None) -> None:

@@ -17,6 +17,8 @@ from mlx_training.diagnostics.report import Finding
 from mlx_training.diagnostics.subject import Subject
 
 NUM_BATCHES = 4  # looked at by the checks of the data
+WARM_STEPS = 3  # what has a zero gradient at first (LoRA's A, layers behind a zero one) has one now
+WARM_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ class Exam:
         self.subject.backend.load(self.subject.model, parameters)
         return self.loss(batch)
 
+    def train(self, num_steps: int) -> None:
+        """Real optimiser steps on the first batches; the caller restores the parameters."""
+        step, rates = self.subject.new_step(), dict.fromkeys(self.subject.spec.groups, WARM_RATE)
+        for number in range(1, num_steps + 1):
+            step([self.batches[number % len(self.batches)]], step=number, lr=rates)
+
     def encoded(self, batch: Batch) -> list[tuple[Row, Encoded]]:
         """The batch's rows and what their prompts and answers should look like."""
         data = self.row_data
@@ -123,6 +131,27 @@ def without_dropout(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.train
+
+
+@contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """Puts back what an examination leaves changed beside the parameters: training mode, buffers, stored gradients."""
+    modes = [(module, module.training) for _, module in model.named_modules()]
+    is_torch = hasattr(model, "named_buffers")
+    buffers = [(buffer, buffer.clone()) for _, buffer in model.named_buffers()] if is_torch else []
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()] if is_torch else []
+    arrays = None if is_torch else model.parameters()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            setattr(module, "training" if is_torch else "_training", mode)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        if arrays is not None:
+            model.update(arrays)
 
 
 def label_places(batch: Batch) -> list[np.ndarray]:

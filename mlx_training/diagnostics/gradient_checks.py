@@ -6,16 +6,14 @@ import numpy as np
 
 from mlx_training.backend import Arrays
 from mlx_training.data.batch import Batch
-from mlx_training.diagnostics.exam import Check, Exam
-from mlx_training.diagnostics.report import Finding, failed, passed, warned
+from mlx_training.diagnostics.exam import WARM_STEPS, Check, Exam
+from mlx_training.diagnostics.report import Finding, failed, passed
 
 NUM_DIRECTIONS = 24  # of the probe without autograd: fewer can miss a weak influence
 NUM_RANDOM = 2  # further directions of a derivative
-WARM_STEPS = 3  # what has a zero gradient at first (LoRA's A, layers behind a zero one) has one now
 TOLERANCE = 0.1  # relative error of a directional derivative
 RESOLUTION = 3e-7  # relative rounding error of a float32 loss
 VANISHING, EXPLODING = 1e-7, 1e4  # gradient norm of a group against the largest; sensitivity |g| |p| / loss
-DEAD_SHARE = 0.5  # of the rows of a weight without any gradient
 
 
 def finite(exam: Exam) -> Finding:
@@ -34,7 +32,7 @@ def reach(exam: Exam) -> list[Finding]:
     batch = exam.batches[0]
     if zero:
         with subject.restored():
-            _train(exam, WARM_STEPS)
+            exam.train(WARM_STEPS)
             later = [exam.gradients_of(other) for other in exam.batches[:2]]
             zero = [n for n in zero if all(n in _without_gradient(exam, gradients) for gradients in later)]
             influential = _influential(exam, zero, batch) if zero else []
@@ -86,8 +84,6 @@ def size(exam: Exam) -> list[Finding]:
     if exploded := [n for n, value in sensitivity.items() if value > EXPLODING]:
         figure = f"norm {max(norms[n] for n in exploded):.1e}, loss {loss:.3g}"
         found.append(failed(name, figure, "gradient_exploding", exploded))
-    if dead := [n for n, g in exam.gradients.items() if _dead_share(exam, n, g) > DEAD_SHARE]:
-        found.append(warned(name, f"most rows of {len(dead)} weights have no gradient", "dead_activations", dead))
     return found or [passed(name, f"between {min(modules.values()):.1e} and {largest:.1e} by module")]
 
 
@@ -111,13 +107,6 @@ def _real(exam: Exam, name: str) -> bool:
 
 def _without_gradient(exam: Exam, gradients: Arrays) -> list[str]:
     return [name for name, gradient in gradients.items() if not np.any(gradient) and _real(exam, name)]
-
-
-def _train(exam: Exam, num_steps: int) -> None:
-    subject, step = exam.subject, exam.subject.new_step()
-    groups = {param.group for param in subject.spec.params().values()}
-    for number in range(1, num_steps + 1):
-        step([exam.batches[number % len(exam.batches)]], step=number, lr=dict.fromkeys(groups, 1e-3))
 
 
 def _influential(exam: Exam, names: Sequence[str], batch: Batch) -> list[str]:
@@ -197,10 +186,3 @@ def _random_error(exam: Exam, name: str, batch: Batch, length: float, noise: flo
             best = min(best, abs((up - down) / (2 * step) - along) / norm)
         errors.append(best if np.isfinite(best) else 0.0)
     return max(errors)
-
-
-def _dead_share(exam: Exam, name: str, gradient: np.ndarray) -> float:
-    """Share of a weight's rows without gradient; tables that are looked up have many, and do not count."""
-    if gradient.ndim != 2 or "embed" in name:
-        return 0.0
-    return float((~gradient.any(axis=1)).mean())

@@ -1,13 +1,13 @@
 """Checks of the model: registered, initialised, finite, causal, and each row by itself."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.diagnostics.exam import Check, Exam, label_places, only_label, row_names
+from mlx_training.diagnostics.exam import WARM_STEPS, Check, Exam, label_places, only_label, row_names
 from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
 
 FROZEN_PREFIX = "lm."  # where both realisations keep the frozen language model
@@ -19,6 +19,8 @@ def registration(exam: Exam) -> list[Finding]:
     """The framework knows every parameter of the table, with its shape, as trainable, and trains nothing else."""
     name, table = "parameters", exam.subject.spec.params()
     known = exam.subject.backend.parameters(exam.subject.model)
+    if not table:
+        return [failed(name, f"none of {len(known)} trains", "frozen_parameters", list(known))]
     missing = [n for n in table if n not in known]
     misshaped = [n for n in table if n in known and known[n].shape != table[n].shape]
     frozen = [n for n in table if n in known and not known[n].trainable]
@@ -26,7 +28,7 @@ def registration(exam: Exam) -> list[Finding]:
     thawed = [n for n in extra if n.startswith(FROZEN_PREFIX)]
     found = []
     for names, cause in (
-        (missing or _strays(exam.subject.model), "unregistered_parameters"),
+        (missing or _strays(exam.subject.model, known), "unregistered_parameters"),
         (misshaped, "misshaped_parameters"),
         (frozen, "frozen_parameters"),
         (thawed, "frozen_weights_trainable"),
@@ -71,6 +73,25 @@ def initial_values(exam: Exam) -> list[Finding]:
     return found or [passed(name, f"{len(exam.parameters)} parameters as large as the table says")]
 
 
+def objective(exam: Exam) -> Finding:
+    """The objective returns sums and counts."""
+    subject, seen = exam.subject, []
+
+    def watched(model: Any, batch: Batch) -> Any:
+        seen.append(subject.objective(model, batch))
+        return seen[-1]
+
+    try:
+        sums = subject.backend.score(subject.model, watched, exam.batches[0])
+        if {"loss", "weight"} <= sums.keys():
+            return passed("objective", ", ".join(f"{name} {value:.6g}" for name, value in sums.items()))
+    except Exception:
+        if not seen or (isinstance(seen[0], dict) and {"loss", "weight"} <= seen[0].keys()):
+            raise
+    kind = f"a dict with {sorted(seen[0])}" if isinstance(seen[0], dict) else f"a {type(seen[0]).__name__}"
+    return failed("objective", f"it returns {kind}; expected {{'loss': sum, 'weight': count}}", "weight_not_count")
+
+
 def evaluation(exam: Exam) -> Finding:
     """Twice the same batch, twice the same loss."""
     first, second = (exam.loss(exam.batches[0]) for _ in range(2))
@@ -97,15 +118,14 @@ def forward(exam: Exam) -> Finding:
 def activations(exam: Exam) -> Finding:
     """No module says the same whatever it is given."""
     name = "activations"
-    table = exam.subject.spec.params().values()
-    if exam.subject.fresh and any(param.init == "zeros" and len(param.shape) > 1 for param in table):
-        return skipped(name, "the table starts a layer at zero")
-    outputs = exam.subject.backend.activations(exam.subject.model, exam.subject.objective, exam.batches[0])
-    flat = {path: array.reshape(-1, array.shape[-1]) for path, array in outputs.items() if array.ndim > 1}
-    dead = [path for path, array in flat.items() if len(array) > 1 and not np.ptp(array, axis=0).any()]
+    dead, total = _constant_outputs(exam)
+    if dead:  # a layer that starts at zero does not stay there
+        with exam.subject.restored():
+            exam.train(WARM_STEPS)
+            dead = [path for path in _constant_outputs(exam)[0] if path in dead]
     if dead:
-        return failed(name, f"{len(dead)} of {len(flat)} modules put out a constant", "dead_activations", dead)
-    return passed(name, f"{len(flat)} modules respond to their input")
+        return failed(name, f"{len(dead)} of {total} modules put out a constant", "dead_activations", dead)
+    return passed(name, f"{total} modules respond to their input")
 
 
 def causality(exam: Exam) -> list[Finding]:
@@ -225,6 +245,7 @@ STRUCTURE = (
     Check("parameters", registration, blocking=True),
     Check("parameter values", parameters_finite, blocking=True),
     Check("initial values", initial_values),
+    Check("objective", objective, blocking=True),
     Check("forward", forward, blocking=True),
     Check("evaluation", evaluation, blocking=True),
 )
@@ -238,17 +259,40 @@ BEHAVIOUR = (
 )
 
 
-def _strays(model: Any) -> list[str]:
-    """Paths of modules with parameters that lie where the framework does not look: tuples, plain lists, `_names`."""
+def _constant_outputs(exam: Exam) -> tuple[list[str], int]:
+    """Modules whose output is the same at every place, and how many were looked at."""
+    subject = exam.subject
+    outputs = subject.backend.activations(subject.model, subject.objective, exam.batches[0])
+    flat = {path: array.reshape(-1, array.shape[-1]) for path, array in outputs.items() if array.ndim > 1}
+    return [path for path, array in flat.items() if len(array) > 1 and not np.ptp(array, axis=0).any()], len(flat)
+
+
+def _strays(model: Any, registered: Collection[str]) -> list[str]:
+    """Paths of modules that would train, but lie where the framework does not look: tuples, plain lists, `_names`."""
     known = {id(module) for _, module in model.named_modules()}
-    found = []
+    found = set()
     for path, module in model.named_modules():
+        if path and _trains(module) and not any(name.startswith(f"{path}.") for name in registered):
+            found.add(path)
         own = {**vars(module), **(module if isinstance(module, dict) else {})}
         for name in own.keys() - {"_modules", "_parameters", "_buffers"}:
             for key, other in _modules_in(own[name]):
-                if id(other) not in known and any(True for _ in other.parameters()):
-                    found.append(f"{path}.{name}{key}".lstrip("."))
+                if id(other) not in known and _trains(other):
+                    found.add(f"{path}.{name}{key}".lstrip("."))
     return sorted(found)
+
+
+def _trains(module: Any) -> bool:
+    """Whether a module has parameters that are not frozen."""
+    if hasattr(module, "trainable_parameters"):
+        return _has_leaf(module.trainable_parameters())
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _has_leaf(tree: Any) -> bool:
+    if isinstance(tree, dict | list | tuple):
+        return any(map(_has_leaf, tree.values() if isinstance(tree, dict) else tree))
+    return True
 
 
 def _modules_in(value: Any) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,9 @@ def metrics(run: Path) -> list[Finding]:
     if not path.is_file():
         return [skipped("metrics", f"no {path.name}")]
     records = read_metrics(path)
+    lines = sum(bool(line.strip()) for line in path.read_bytes().splitlines())
+    if len(records) < lines - 1 or (lines and not records):  # a kill may leave the last line torn
+        return [failed("metrics", f"{len(records)} of {lines} lines can be read", "metrics_damaged", [str(path)])]
     return [*_losses(records), _evaluations(records), _norms(records)]
 
 

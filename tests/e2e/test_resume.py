@@ -1,20 +1,25 @@
 """Runs that stop and go on: interrupted, resumed here or on the other backend, started from another, diverged."""
 
+import errno
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlx_training import trainer
+from mlx_training import tracking, trainer
 from mlx_training.checkpoint import CheckpointStore
-from tests.e2e.workbench import Workbench, contents, metrics
+from mlx_training.config import load_config
+from mlx_training.errors import CheckpointError, ConfigError, DivergedError
+from tests.e2e.workbench import CONFIG, Workbench, contents, metrics
 
 
 def state(run: Path) -> dict[str, bytes | list[dict[str, Any]]]:
@@ -26,6 +31,14 @@ def state(run: Path) -> dict[str, bytes | list[dict[str, Any]]]:
 
 
 EIGHT = ("training.max_steps=8", "training.grad_accumulation_steps=2", "model.encoder.dropout=0.2", "checkpoint.keep=9")
+
+
+STEPS = "training.max_steps"
+
+
+def go_on(bench: Workbench, *overrides: str, resume: str = "auto", allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Continue the bench's run."""
+    return trainer.train(load_config(bench.config, overrides), resume=resume, allow_change=allow)
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
@@ -105,7 +118,7 @@ def test_resume_from_an_older_checkpoint_forgets_a_better_one_that_came_later(ti
     tiny.train("training.max_steps=8", "checkpoint.keep=9")
     older = tiny.run / "checkpoints/step_00000002"
     worse = "training.learning_rate=1000", "training.schedule=constant", "training.max_steps=4"
-    result = tiny.train("--resume", older, *worse)
+    result = go_on(tiny, *worse, resume=str(older), allow=("training.learning_rate", "training.schedule", STEPS))
     assert result["steps"] == 4 and (tiny.run / "checkpoints/best").read_text().strip() == "step_00000004"
     assert [path.name for path in CheckpointStore(tiny.run).paths()] == ["step_00000002", "step_00000004"]
     elsewhere = tiny.train("--resume", older, *worse, "output_dir=elsewhere")
@@ -159,7 +172,7 @@ def test_a_signal_to_the_program(tiny: Workbench) -> None:
     assert "finishing this step and saving" in err and "Traceback" not in err
     saved = CheckpointStore(tiny.run).load("latest").step
     assert f"interrupted: saved at step {saved}; continue with --resume auto" in err
-    assert tiny.train(f"training.max_steps={saved + 2}", "--resume", "auto")["steps"] == saved + 2
+    assert go_on(tiny, f"training.max_steps={saved + 2}", allow=[STEPS])["steps"] == saved + 2
 
 
 def test_init_from_a_run(tiny: Workbench) -> None:
@@ -174,7 +187,7 @@ def test_init_from_a_run(tiny: Workbench) -> None:
         assert started.optimizer["step"] == 1  # fresh
         for parameter, array in expected.model.items():
             assert np.abs(array - started.model[parameter]).max() < 1e-6
-    again = f"training.init_from={tiny.run}", "output_dir=from-run", "training.max_steps=2", "--resume=auto"
+    again = f"training.init_from={tiny.run}", "output_dir=from-run", *still, "training.max_steps=2", "--resume=auto"
     assert tiny.train(*again)["steps"] == 2
 
 
@@ -182,26 +195,224 @@ def test_init_from_a_run(tiny: Workbench) -> None:
 def test_divergence(tiny: Workbench, rate: str) -> None:
     tiny.train()
     good = contents(tiny.run / "checkpoints")
-    huge = "training.max_steps=40", f"training.learning_rate={rate}", "training.schedule=constant", "--resume=auto"
-    code, out, err = tiny.main("train", tiny.config, *huge, "evaluation.every_steps=10", "checkpoint.every_steps=10")
-    assert (code, out) == (4, "")
-    assert "error: diverged by step" in err and "lower training.learning_rate" in err and "Traceback" not in err
+    huge = "training.max_steps=40", f"training.learning_rate={rate}", "training.schedule=constant"
+    changes = "training.learning_rate", "training.schedule"
+    with pytest.raises(DivergedError, match=r"diverged by step .*lower training.learning_rate"):
+        go_on(tiny, *huge, "evaluation.every_steps=10", "checkpoint.every_steps=10", allow=changes)
     assert contents(tiny.run / "checkpoints") == good
-    assert tiny.train("--resume", "auto", "training.max_steps=6")["steps"] == 6
+    assert go_on(tiny, "training.max_steps=6", allow=(*changes, STEPS))["steps"] == 6
 
 
 def test_divergence_before_anything_was_saved(tiny: Workbench) -> None:
     code, _, err = tiny.main("train", tiny.config, "training.learning_rate=1e38", "training.max_steps=40")
     assert code == 4 and "error: diverged by step" in err
     assert not CheckpointStore(tiny.run).paths() or CheckpointStore(tiny.run).load()
+    assert go_on(tiny, allow=("training.learning_rate", STEPS))["steps"] == 4
+
+
+# Another configuration
+
+
+def test_a_run_is_not_continued_with_other_settings(tiny: Workbench) -> None:
+    tiny.train(*EIGHT, "training.max_steps=4")
+    changes = ("dataset.stats_in_text=false", "experiment.seed=8", "model.encoder.num_heads=1", "training.eps=1e-6")
+    message = tiny.refused(CONFIG, "train", tiny.config, *EIGHT, *changes, "training.max_steps=3", "--resume", "auto")
+    for change in (
+        "dataset.stats_in_text: true -> false   (--allow-change dataset.stats_in_text)\n",
+        "experiment.seed: 7 -> 8   (--allow-change experiment.seed)\n",
+        "model.encoder.num_heads: 2 -> 1   (--allow-change model.encoder.num_heads)\n",
+        "training.eps: 1e-08 -> 1e-06   (--allow-change training.eps)\n",
+    ):
+        assert change in message
+    assert "max_steps" not in message, "the run has finished: fewer steps train nothing"
+    allowed = ["dataset.stats_in_text", "experiment.seed", "model.encoder.num_heads"]
+    with pytest.raises(ConfigError, match=r"^[^>]*\n  training.eps: 1e-08 -> 1e-06 [^>]*$"):
+        go_on(tiny, *EIGHT, *changes, allow=allowed)
+    assert go_on(tiny, *EIGHT, *changes, allow=[*allowed, "training.eps"])["steps"] == 8
+    assert tiny.train(*EIGHT, *changes, "training.max_steps=9", "--resume", "auto")["steps"] == 9, "what it is now"
+
+
+HARMLESS = (
+    *("experiment.name=other", "experiment.tags=[a]", "experiment.notes=why", "logging.every_steps=2"),
+    *("checkpoint.keep=1", "checkpoint.every_steps=3", "checkpoint.best=eval/accuracy", "evaluation.every_steps=3"),
+    *("evaluation.metrics=[accuracy, loss]", "evaluation.batch_size=3", "evaluation.save_predictions=false"),
+    *("diagnostics.max_skipped_steps=9", "training.early_stopping_patience=9", "training.max_steps=8", "device=auto"),
+)
+
+
+def test_harmless_changes_pass_and_a_new_measure_of_the_best_starts_anew(tiny: Workbench) -> None:
+    tiny.train()
+    assert tiny.train(*HARMLESS, "--resume", "auto")["steps"] == 8
+    accuracies = [record["eval/accuracy"] for record in metrics(tiny.run) if record["step"] > 4 and len(record) == 3]
+    assert CheckpointStore(tiny.run).load().state["progress"]["best"] == max(accuracies)
+    assert int((tiny.run / "checkpoints/best").read_text()[5:]) > 4
+    longer = *HARMLESS, "training.max_steps=9"
+    for measure in ("evaluation.max_rows=2", "evaluation.split=test", "evaluation.max_new_tokens=2"):
+        message = tiny.refused(CONFIG, "train", tiny.config, *longer, measure, "--resume", "auto")
+        assert f"(--allow-change {measure.partition('=')[0]})" in message
+    assert go_on(tiny, *longer, "evaluation.max_rows=2", allow=["evaluation.max_rows"])["steps"] == 9
+
+
+def test_fewer_steps_of_an_unfinished_run(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        tiny.main("train", tiny.config, *EIGHT)
+    fewer = *EIGHT, "training.max_steps=5"
+    assert "max_steps: 8 -> 5   (--allow" in tiny.refused(CONFIG, "train", tiny.config, *fewer, "--resume", "auto")
+    assert go_on(tiny, *fewer, allow=["training.max_steps"])["steps"] == 5
+
+
+def test_names_to_allow(tiny: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--allow-change is for a run that is continued"):
+        go_on(tiny, resume=None, allow=["training.eps"])  # type: ignore[arg-type]
+    for _ in range(2):  # nothing to continue, and a run
+        with pytest.raises(ConfigError, match=r"no such key .* did you mean training.learning_rate\?"):
+            go_on(tiny, allow=["training.learning_rates"])
+        capsys.readouterr()
+        go_on(tiny, allow=["training.eps"])
+        assert "note: --allow-change training.eps: it has not changed" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"shape: encoder"):
+        go_on(tiny, "model.encoder.hidden_size=16", allow=["model.encoder.hidden_size"])
+    assert go_on(tiny, "model.encoder.num_heads=1", STEPS + "=5", allow=["model.encoder"])["steps"] == 5
+    before = contents(tiny.run)
+    with pytest.raises(ConfigError, match="model.encoder.num_heads: 1 -> 2"):
+        go_on(tiny, STEPS + "=6", resume=str(tiny.run / "checkpoints/step_00000005"))
+    with pytest.raises(ConfigError, match="model.encoder.num_heads: 1 -> 2"):  # of the run that the checkpoint is of
+        go_on(tiny, "output_dir=new", resume=str(tiny.run / "checkpoints/step_00000005"))
+    assert contents(tiny.run) == before
+
+
+def test_more_patience_goes_on_after_an_early_stop(tiny: Workbench) -> None:
+    stop = "training.early_stopping_patience=1", "training.early_stopping_min_delta=100", "training.max_steps=12"
+    assert tiny.train(*stop)["steps"] == 4
+    assert tiny.train(*stop, "training.early_stopping_patience=3", "--resume", "auto")["steps"] == 8
+
+
+# A finished run
+
+
+def test_a_finished_run_is_left_alone(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tiny.train()
+    before = contents(tiny.run)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Evaluator, "report", lambda *_: pytest.fail("evaluated again"))
+        for same in ((), ("training.max_steps=2",), ("logging.every_steps=3", "experiment.notes=again")):
+            assert tiny.train(*same, "--resume", "auto") == result
+            assert contents(tiny.run) == before
+    again = tiny.train("evaluation.test_split=validation", "--resume", "auto")
+    assert again["steps"] == 4 and (tiny.run / "predictions_validation.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_final_report(
+    tiny: Workbench, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny.train("output_dir=whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Evaluator, "report", lambda *_: signal.raise_signal(number))
+        code, out, err = tiny.main("train", tiny.config, "--json")
+    assert (code, out) == (128 + number, "") and "Traceback" not in err
+    assert "interrupted: in the final report; the training is saved at step 4; continue with --resume auto" in err
+    result = tiny.train("--resume", "auto")
+    assert (result["eval"], result["loss"], result["steps"]) == (whole["eval"], whole["loss"], 4)
+
+
+# What must not be lost
+
+
+def test_metrics_outlive_their_checkpoints(tiny: Workbench) -> None:
+    tiny.train("diagnostics.probe_every_steps=1")
+    logged = {name: (tiny.run / name).read_bytes() for name in ("metrics.jsonl", "gradients.jsonl")}
+    for number in (1, 2):
+        shutil.rmtree(tiny.run / "checkpoints")
+        code, _, err = tiny.main("train", tiny.config, "diagnostics.probe_every_steps=1", "--resume", "auto")
+        assert code == 0 and f"it is kept as metrics.jsonl.{number}" in err
+        assert (tiny.run / "gradients.jsonl").read_bytes() == logged["gradients.jsonl"]
+    for name, content in logged.items():
+        assert (tiny.run / f"{name}.1").read_bytes() == content and (tiny.run / f"{name}.2").exists()
+
+
+def test_another_runs_checkpoint_replaces_no_run(tiny: Workbench) -> None:
+    tiny.train()
+    tiny.train("output_dir=other")
+    theirs = Path("other/checkpoints/step_00000002")
+    message = tiny.refused(CONFIG, "train", tiny.config, "--resume", theirs)
+    assert "has checkpoints of its own" in message and "nothing was changed" in message
+
+
+def test_an_evaluation_is_logged_once(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at a step that would have been evaluated; killed after evaluating it, before it was saved again."""
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        tiny.main("train", tiny.config)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go_on(tiny)
+    assert [record["step"] for record in metrics(tiny.run) if "eval/loss" in record] == [2]
+    tiny.train("--resume", "auto")
+    assert [record["step"] for record in metrics(tiny.run) if "eval/loss" in record] == [2, 4]
+
+
+# Two processes
+
+
+HOLD = """
+import sys, time
+from mlx_training.resume import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_trains_in_a_directory(tiny: Workbench) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", HOLD, str(tiny.run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for resume in ((), ("--resume", "auto")):
+            message = tiny.refused(CONFIG, "train", tiny.config, *resume)
+            assert f"{tiny.run} is being trained in by process {holder.pid} on " in message
+            assert "nothing was changed" in message
+        holder.kill()
+        holder.wait()
+    assert (tiny.run / "train.lock").exists(), "a killed process leaves its file, but not its lock"
+    assert tiny.train()["steps"] == 4
+    assert not (tiny.run / "train.lock").exists()
+
+
+# Disks
+
+
+def test_a_disk_that_fills_up(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.train("training.max_steps=2")
+    good = contents(tiny.run / "checkpoints")
+    usage = shutil.disk_usage(tiny.run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        code, out, err = tiny.main("train", tiny.config, "--resume", "auto")
+    assert (code, out) == (3, "") and "Traceback" not in err
+    assert "No space left on device. It needs 1.1 MB. 0.0 MB are free. Remove files from that disk" in err
+    assert "Earlier checkpoints are intact; continue with --resume auto" in err
+    assert contents(tiny.run / "checkpoints") == good
     assert tiny.train("--resume", "auto")["steps"] == 4
 
 
-def test_a_run_is_not_continued_with_another_model_or_other_data(tiny: Workbench) -> None:
-    tiny.train(*EIGHT, "training.max_steps=4")
-    changes = ("dataset.stats_in_text=false", "experiment.seed=8", "model.encoder.num_heads=1")
-    code, _, err = tiny.main("train", tiny.config, *EIGHT, *changes, "--resume", "auto")
-    assert code == 2
-    for change in ("dataset.stats_in_text: True -> False", "experiment.seed: ", "model.encoder: "):
-        assert change in err
-    assert tiny.train(*EIGHT, "--resume", "auto")["steps"] == 8  # more steps are no other run
+@pytest.mark.parametrize("place", ["metrics.jsonl", "result.json"])
+def test_a_disk_that_refuses_other_files(tiny: Workbench, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if place == "metrics.jsonl":
+            patch.setattr(tracking.JsonLines, "log", refuse)
+        else:
+            patch.setattr(trainer, "write_atomic", refuse_if(place, trainer.write_atomic, refuse))
+        code, out, err = tiny.main("train", tiny.config)
+    assert (code, out) == (3, "") and "cannot be written: No space left on device. " in err and "Traceback" not in err
+    assert tiny.train("--resume", "auto")["steps"] == 4
+
+
+def refuse_if(name: str, write: Any, refuse: Any) -> Any:
+    return lambda path, content: refuse() if path.name == name else write(path, content)

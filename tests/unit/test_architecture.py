@@ -20,7 +20,8 @@ ROOMS = (
     {"init", "ops", "data", "objectives", "schedule", "metrics", "llm_source", "quantize", "checkpoint", "opentslm"},
     {"backend"},
     {"tracking", "assemble", "resume", "trainer", "generate", "evaluate", "export", "diagnostics"},
-    {"verbs", "cli"},
+    {"checkpoint_tools", "checkpoint_text"},
+    {"verbs", "flags", "cli"},
 )
 # The left half and the protocols; `llm_*` read a pretrained directory, `checkpoint` checks names and shapes.
 LEFT_HALF = {"errors", "spec", "init", "ops", "data", "objectives"}

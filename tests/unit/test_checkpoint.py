@@ -6,13 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlx_training import checkpoint as module
-from mlx_training.checkpoint import CheckpointStore, check_shapes, claim_run_directory, verify
+from mlx_training.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    check_shapes,
+    claim_run_directory,
+    full_disk_explained,
+    verify,
+)
 from mlx_training.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +142,73 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
                 save(store, 20)
         assert steps(store) == [10] and store.load().step == 10
         assert not list(store.directory.glob(".tmp*"))
+
+
+def test_a_disk_with_too_little_space_is_not_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 10)
+    usage = shutil.disk_usage(tmp_path)
+    needed = sum(a.nbytes for part in (store.load().model, store.load().optimizer) for a in part.values())
+    needed += module.MARGIN
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    monkeypatch.setattr(module, "save_file", lambda *_: pytest.fail("written"))
+    with pytest.raises(CheckpointError, match=r"needs 1.0 MB. 1.0 MB are free. Remove files .* intact; .*--resume"):
+        save(store, 20)
+    assert steps(store) == [10] and not list(store.directory.glob(".tmp*"))
+    monkeypatch.undo()
+    save(store, 20)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_directory_that_refuses(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 10)
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", refuse)
+        with pytest.raises(CheckpointError, match=os.strerror(code)) as error:
+            save(store, 20)
+    assert error.value.exit_code == 3 and steps(store) == [10] and not list(store.directory.glob(".tmp*"))
+
+
+def test_other_writes_to_a_full_disk_are_explained(tmp_path: Path) -> None:
+    message = r"x.json: cannot be written: No space left .* MB are free"
+    with pytest.raises(CheckpointError, match=message), full_disk_explained(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.json")
+    with pytest.raises(FileNotFoundError), full_disk_explained(tmp_path):
+        (tmp_path / "absent").read_text()
+
+
+def test_writing_does_not_hold_up_and_a_failure_surfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, arrays = CheckpointStore(tmp_path), {"w": np.ones(4, np.float32)}
+    release, save_now = threading.Event(), CheckpointStore.save
+
+    def slow(*given: object, **options: object) -> Path:
+        assert release.wait(20)
+        return save_now(*given, **options)  # type: ignore[arg-type]
+
+    writer = CheckpointWriter(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", slow)
+        writer.save(10, arrays, arrays, {}, best=True, keep=1)
+        writer.check()
+        assert not store.paths()
+        release.set()
+        writer.save(20, arrays, arrays, {}, best=False, keep=1)  # waits for the first
+        writer.wait()
+    assert steps(store) == [10, 20] and store.load("best").step == 10
+    again = partial(writer.save, 40, arrays, arrays, {}, best=False, keep=1)
+    for surfaces in (writer.check, writer.wait, again, writer.close):
+        writer.save(30, arrays, arrays, {"bad": float("nan")}, best=False, keep=1)
+        deadline = time.monotonic() + 20
+        with pytest.raises(ValueError, match="JSON"):
+            while time.monotonic() < deadline:
+                surfaces()
+        writer.check()  # it was raised once
+    assert steps(store) == [10, 20]
 
 
 KILLED = """

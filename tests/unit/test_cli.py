@@ -22,9 +22,9 @@ def trained(monkeypatch):
 
     class Trainer:
         @staticmethod
-        def train(config, *, resume=None):
+        def train(config, *, resume=None, allow_change=()):
             print("progress")
-            calls.append((config, resume))
+            calls.append((config, resume, allow_change))
             return {"run": Path(config.output_dir), "loss": np.float32(0.5), "eval": {"accuracy": float("nan")}}
 
     monkeypatch.setitem(sys.modules, "mlx_training.trainer", Trainer)
@@ -58,7 +58,7 @@ def test_reading_a_configuration_imports_no_framework():
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help_and_json(verb, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "--json" in text and cli.VERBS[verb].example in text.replace("\n", " ").replace("  ", " ")
@@ -73,12 +73,18 @@ def test_every_verb_has_help_and_json(verb, capsys):
 )
 def test_overrides_stand_anywhere_and_json_is_the_last_line(arguments, trained, capsys):
     assert cli.main(["train", "quick_test", *arguments]) == 0
-    ((config, resume),) = trained
+    ((config, resume, allow_change),) = trained
     assert (config.training.max_steps, config.training.batch_size, config.backend) == (7, 3, "mlx")
-    assert resume == "auto"
+    assert (resume, allow_change) == ("auto", [])
     out, err = capsys.readouterr()
     assert json.loads(out) == {"run": "runs/quick_test", "loss": 0.5, "eval": {"accuracy": None}}
     assert out.count("\n") == 1 and "progress" in err
+
+
+def test_changes_are_allowed_one_by_one(trained):
+    flags = ["--allow-change", "model.llm_id", "--resume", "auto", "--allow-change", "dataset.path"]
+    assert cli.main(["train", "quick_test", *flags]) == 0
+    assert trained[0][1:] == ("auto", ["model.llm_id", "dataset.path"])
 
 
 def test_people_get_text(trained, capsys):
@@ -99,7 +105,7 @@ def test_people_get_text(trained, capsys):
     ],
 )
 def test_exit_codes(raised, code, monkeypatch, capsys):
-    def train(config, *, resume=None):
+    def train(config, *, resume=None, allow_change=()):
         raise raised
 
     monkeypatch.setitem(sys.modules, "mlx_training.trainer", type("Trainer", (), {"train": staticmethod(train)}))
@@ -114,6 +120,12 @@ def test_exit_codes(raised, code, monkeypatch, capsys):
     [
         (["trian", "quick_test"], 2, "unknown verb 'trian'"),
         (["trian", "quick_test"], 2, "did you mean train?"),
+        (["checkpoint"], 2, "unknown verb 'checkpoint'; the verbs are checkpoint ls, checkpoint verify, "),
+        (["checkpoint", "verfy", "run"], 2, "did you mean checkpoint verify?"),
+        (["checkpoint", "ls", "nowhere"], 3, "RUN 'nowhere' is not a directory"),
+        (["checkpoint", "verify", "nowhere"], 3, "RUN|CHECKPOINT 'nowhere' is not a directory"),
+        (["checkpoint", "diff", ".", "nowhere"], 3, "B 'nowhere' is not a directory; give the output_dir of a"),
+        (["checkpoint", "export", "nowhere", "--to", "x", "--format", "hf"], 3, "RUN 'nowhere' is not a directory"),
         (["train", "missing.yaml"], 2, "no configuration 'missing.yaml'"),
         (["train", "quick_test", "training.max_steps=x"], 2, "override: training.max_steps: given the text 'x'"),
         (["train", "quick_test", "nonsense"], 2, "'nonsense' is not key=value"),
@@ -129,12 +141,28 @@ def test_mistakes_are_one_clear_message(argv, code, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["train"], ["train", "quick_test", "--fast"], ["evaluate", ".", "--split", "test", "--data", "x"]]
+    "argv",
+    [
+        ["train"],
+        ["train", "quick_test", "--fast"],
+        ["evaluate", ".", "--split", "test", "--data", "x"],
+        ["checkpoint", "diff", "one"],
+        ["checkpoint", "export", ".", "--to", "x"],
+        ["checkpoint", "export", ".", "--to", "x", "--format", "gguf"],
+        ["checkpoint", "export", ".", "--to", "x", "--format", "mlx", "--bits", "5"],
+        ["validate", "quick_test", "--allow-change", "model"],
+    ],
 )
 def test_wrong_flags_exit_with_2(argv):
     with pytest.raises(SystemExit) as end:
         cli.main(argv)
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_for_the_checkpoint_verbs(flag, capsys):
+    assert cli.main(["checkpoint", flag]) == 0
+    assert "\n  checkpoint export " in capsys.readouterr().out
 
 
 def test_ls_and_schema(capsys):

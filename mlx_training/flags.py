@@ -1,0 +1,109 @@
+"""The flags of each verb: one function a verb, which adds them to a parser."""
+
+import argparse
+from pathlib import Path
+
+BACKENDS = ("mlx", "torch", "auto")
+
+
+def config(parser: argparse.ArgumentParser) -> None:
+    """A configuration and overrides."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one (see `ls`)")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="values laid over it, spelled as in the YAML: training.max_steps=100",
+    )
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """`train`."""
+    config(parser)
+    _backend(parser, "the configuration's")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue: auto = the newest checkpoint in output_dir, if there is one"
+    )
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="with --resume: continue although this key of the configuration changed; may be repeated",
+    )
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """`evaluate`."""
+    _run(parser)
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--split", choices=("train", "validation", "test"), help="default: evaluation.test_split")
+    rows.add_argument("--data", metavar="FILE", type=Path, help="evaluate every row of this file; no split is applied")
+    _backend(parser, "the run's")
+
+
+def generate(parser: argparse.ArgumentParser) -> None:
+    """`generate`."""
+    _run(parser)
+    parser.add_argument("--rows", metavar="FILE", type=Path, required=True, help="rows to answer, .jsonl or .parquet")
+    _backend(parser, "the run's")
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    """`doctor`."""
+    parser.add_argument("config", metavar="CONFIG|RUN", help="YAML file, shipped name, or directory of a training run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values laid over the configuration")
+    parser.add_argument("--backend", choices=("mlx", "torch", "both"), help="default: the configuration's")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", dest="full", action="store_false", default=False, help="what takes seconds (default)")
+    level.add_argument("--full", action="store_true", help="also resume, MLX = PyTorch, more rows and more steps")
+
+
+def plan(parser: argparse.ArgumentParser) -> None:
+    """`plan`."""
+    config(parser)
+    _backend(parser, "the configuration's")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="directory of a training run (its output_dir)")
+
+
+def _backend(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, help=f"default: {default}")
+
+
+def none(parser: argparse.ArgumentParser) -> None:
+    """No flags of its own."""
+
+
+def checkpoint_ls(parser: argparse.ArgumentParser) -> None:
+    """`checkpoint ls`."""
+    _run(parser)
+
+
+def checkpoint_verify(parser: argparse.ArgumentParser) -> None:
+    """`checkpoint verify`."""
+    parser.add_argument("path", metavar="RUN|CHECKPOINT", type=Path, help="run, or RUN/checkpoints/step_...")
+
+
+def checkpoint_diff(parser: argparse.ArgumentParser) -> None:
+    """`checkpoint diff`."""
+    for side in "ab":
+        text = "run (its best checkpoint, else its latest), or RUN/checkpoints/step_..."
+        parser.add_argument(side, metavar=side.upper(), type=Path, help=text)
+
+
+def checkpoint_export(parser: argparse.ArgumentParser) -> None:
+    """`checkpoint export`."""
+    _run(parser)
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="directory to make; absent or empty")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "mlx", "opentslm"),
+        required=True,
+        help="hf: Hugging Face directory, float32; mlx: the same quantised (decoder runs); "
+        "opentslm: model_checkpoint.pt (time-series runs)",
+    )
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="of --format mlx; default: 4")
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of --format mlx; default: 64")
