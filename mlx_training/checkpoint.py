@@ -18,8 +18,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.errors import CheckpointError
+from mlx_training.run_directory import disk_advice, sync, write_atomic
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 CONTENTS = (MODEL, OPTIMIZER, STATE)
 STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
-RUN_FILES = ("config.yaml", "env.json", "metrics.jsonl", "checkpoints")
 MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint: headers, its JSON, the other files of a run
 Arrays = dict[str, np.ndarray]
 
@@ -79,12 +78,12 @@ class CheckpointStore:
             (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1, allow_nan=False))
             (temporary / MANIFEST).write_text(_manifest(temporary))
             for name in (*CONTENTS, MANIFEST):
-                _sync(temporary / name)
-            _sync(temporary)
+                sync(temporary / name)
+            sync(temporary)
             if final.exists():  # the step was trained again after resuming from an older one
                 final.rename(self.directory / f".tmp-{final.name}")
             temporary.rename(final)
-            _sync(self.directory)
+            sync(self.directory)
             write_atomic(self.directory / "latest", final.name + "\n")
             if best:
                 write_atomic(self.directory / "best", final.name + "\n")
@@ -296,47 +295,6 @@ def check_shapes(
         )
 
 
-def claim_run_directory(directory: str | Path, resume: bool) -> Path:
-    """Create the run directory and prove that it can be written (by writing: root ignores mode bits).
-
-    Raises ConfigError when it already holds a run and `resume` is false, or when it is not writable.
-    """
-    directory = Path(directory)
-    held = [name for name in RUN_FILES if (directory / name).exists()]
-    if held and not resume:
-        raise ConfigError(
-            f"output_dir: {directory} already holds a run ({', '.join(held)}). Continue it with --resume auto, or "
-            "set output_dir to a directory that does not exist yet; nothing was changed."
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=directory):
-            pass
-    except OSError as error:
-        raise unwritable(directory, error) from error
-    return directory
-
-
-def unwritable(directory: str | Path, error: OSError) -> ConfigError:
-    """What to raise when a run directory cannot be made or written."""
-    return ConfigError(
-        f"output_dir: {directory} cannot be written ({error.strerror or error}). Set output_dir to a directory "
-        "you can write to."
-    )
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a small file: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _manifest(directory: Path) -> str:
     """The manifest's text: a function of the files alone, so that any change to it shows too."""
     files = {}
@@ -345,38 +303,3 @@ def _manifest(directory: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[name] = {"sha256": digest, "size": (directory / name).stat().st_size}
     return json.dumps({"format": 1, "files": files}, indent=1) + "\n"
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def full_disk_explained(run: Path) -> Iterator[None]:
-    """Any write that a full or read-only disk refuses as a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-            raise
-        raise CheckpointError(
-            f"{error.filename or run}: cannot be written: {error.strerror}. {disk_advice(run)}"
-        ) from error
-
-
-def disk_advice(run: Path) -> str:
-    """What is free on a run's disk, and what to do when a write to it was refused."""
-    try:
-        free = f"{shutil.disk_usage(run).free / 1e6:.1f} MB are free"
-    except OSError:
-        free = "The free space is unknown"
-    return (
-        f"{free}. Remove files from that disk (runs that are not needed, their checkpoints/step_...), or make the "
-        "directory writable, or move the run to another disk and set output_dir. Earlier checkpoints are intact; "
-        "continue with --resume auto."
-    )

@@ -10,13 +10,13 @@ from typing import Any
 
 from mlx_training.assemble import Data, RowData, load_run
 from mlx_training.backend import Backend
-from mlx_training.checkpoint import write_atomic
 from mlx_training.config import RunConfig
 from mlx_training.data.rows import Row
 from mlx_training.errors import DataError
 from mlx_training.generate import greedy
 from mlx_training.metrics import answer_metrics
 from mlx_training.objectives.lm import lm
+from mlx_training.run_directory import write_atomic
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mlx_training.assemble import Assembly, check_fits
-from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes, unwritable
+from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.run_directory import unwritable
 
 try:
     import fcntl

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
-from mlx_training.checkpoint import write_atomic
+from mlx_training.run_directory import write_atomic
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]

@@ -14,13 +14,7 @@ from typing import Any
 from mlx_training import schedule
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
 from mlx_training.backend import Optim
-from mlx_training.checkpoint import (
-    CheckpointStore,
-    CheckpointWriter,
-    claim_run_directory,
-    full_disk_explained,
-    write_atomic,
-)
+from mlx_training.checkpoint import CheckpointStore, CheckpointWriter
 from mlx_training.config import RunConfig, to_yaml
 from mlx_training.diagnostics import norms
 from mlx_training.diagnostics.guard import ADVICE, Guard
@@ -31,6 +25,7 @@ from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
+from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
 from mlx_training.tracking import METRICS, JsonLines, StepTimer, Tracker, open_tracker, set_aside
 
 

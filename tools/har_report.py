@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from mlx_training.assemble import RowData, assemble, open_backend
-from mlx_training.checkpoint import write_atomic
 from mlx_training.config import RunConfig, load_config, to_yaml
 from mlx_training.data.batch import Batch
 from mlx_training.data.rows import Row
@@ -34,6 +33,7 @@ from mlx_training.evaluate import save_predictions
 from mlx_training.init import initialise
 from mlx_training.metrics import answer_metrics, normalise
 from mlx_training.objectives import Objective, Sums
+from mlx_training.run_directory import write_atomic
 from mlx_training.spec import EncoderSpec, Param, Spec, TimeSeriesSpec
 from mlx_training.spec.param import linear
 from mlx_training.trainer import Cadence, Progress, judge, learning_rates, optim, plan, train

@@ -8,10 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlx_training.checkpoint import CheckpointStore, claim_run_directory
+from mlx_training.checkpoint import CheckpointStore
 from mlx_training.errors import UserError
 from mlx_training.export import export_opentslm
 from mlx_training.opentslm import read_opentslm, write_lora
+from mlx_training.run_directory import claim_run_directory
 
 
 def export_run(run: Path, out: Path) -> str:

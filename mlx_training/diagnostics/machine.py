@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_training.checkpoint import write_atomic
 from mlx_training.environment import installed_backends
+from mlx_training.run_directory import write_atomic
 
 MAX_AGE = 24 * 3600  # seconds a measurement is believed
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MLX_TRAINING_BLAS")

@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 
 from mlx_training import checkpoint as module
-from mlx_training.checkpoint import (
-    CheckpointStore,
-    CheckpointWriter,
-    check_shapes,
-    claim_run_directory,
-    full_disk_explained,
-    verify,
-)
+from mlx_training.checkpoint import CheckpointStore, CheckpointWriter, check_shapes, verify
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.run_directory import claim_run_directory, full_disk_explained
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"a.weight": (3, 2), "b": ()}

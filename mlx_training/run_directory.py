@@ -1,0 +1,89 @@
+"""A run directory on the disk: claimed, written atomically, and what to say when the disk refuses."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_training.errors import CheckpointError, ConfigError
+
+RUN_FILES = ("config.yaml", "env.json", "metrics.jsonl", "checkpoints")
+
+
+def claim_run_directory(directory: str | Path, resume: bool) -> Path:
+    """Create the run directory and prove that it can be written (by writing: root ignores mode bits).
+
+    Raises ConfigError when it already holds a run and `resume` is false, or when it is not writable.
+    """
+    directory = Path(directory)
+    held = [name for name in RUN_FILES if (directory / name).exists()]
+    if held and not resume:
+        raise ConfigError(
+            f"output_dir: {directory} already holds a run ({', '.join(held)}). Continue it with --resume auto, or "
+            "set output_dir to a directory that does not exist yet; nothing was changed."
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=directory):
+            pass
+    except OSError as error:
+        raise unwritable(directory, error) from error
+    return directory
+
+
+def unwritable(directory: str | Path, error: OSError) -> ConfigError:
+    """What to raise when a run directory cannot be made or written."""
+    return ConfigError(
+        f"output_dir: {directory} cannot be written ({error.strerror or error}). Set output_dir to a directory "
+        "you can write to."
+    )
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a small file: readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def full_disk_explained(run: Path) -> Iterator[None]:
+    """Any write that a full or read-only disk refuses as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"{error.filename or run}: cannot be written: {error.strerror}. {disk_advice(run)}"
+        ) from error
+
+
+def disk_advice(run: Path) -> str:
+    """What is free on a run's disk, and what to do when a write to it was refused."""
+    try:
+        free = f"{shutil.disk_usage(run).free / 1e6:.1f} MB are free"
+    except OSError:
+        free = "The free space is unknown"
+    return (
+        f"{free}. Remove files from that disk (runs that are not needed, their checkpoints/step_...), or make the "
+        "directory writable, or move the run to another disk and set output_dir. Earlier checkpoints are intact; "
+        "continue with --resume auto."
+    )
