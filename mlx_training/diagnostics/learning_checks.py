@@ -178,4 +178,5 @@ def _continued(name: str, whole: Arrays, resumed: Arrays, middle: Arrays, where:
 
 
 def _ratio(before: np.ndarray, after: np.ndarray) -> float:
-    return float(np.linalg.norm(after - before)) / max(float(np.linalg.norm(before)), 1e-12)
+    way, size = (float(np.linalg.norm(array.astype(np.float64))) for array in (after - before, before))
+    return way / max(size, 1e-12)
