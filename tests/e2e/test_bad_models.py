@@ -131,7 +131,9 @@ def test_another_language_model_than_the_soft_prompt_was_trained_for(bench: Work
     llm = Path(shutil.copytree(bench.llm, bench.folder / "llm"))
     config = json.loads((llm / "config.json").read_text())
     (llm / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
-    message = bench.refused(DATA, "train", bench.config, f"model.llm_id={llm}", "--resume", "auto")
+    argv = ("train", bench.config, f"model.llm_id={llm}", "--resume", "auto")
+    assert "(--allow-change model.llm_id)" in bench.refused(CONFIG, *argv)
+    message = bench.refused(DATA, *argv, "--allow-change", "model.llm_id")
     assert "was trained with another frozen LM" in message and "set model.llm_id" in message
 
 
@@ -148,10 +150,11 @@ MISFITS = [
 def test_parameters_that_do_not_fit(bench: Workbench, override: str, problem: str) -> None:
     bench.train()
     older, newest = (bench.run / f"checkpoints/step_0000000{number}" for number in (2, 4))
-    other = f"output_dir={bench.folder / 'other'}"
+    other, key = f"output_dir={bench.folder / 'other'}", override.partition("=")[0]
+    assert f"(--allow-change {key})" in bench.refused(CONFIG, "train", bench.config, override, "--resume", "auto")
     for step, argv in (
-        (newest, ["--resume", "auto"]),
-        (older, ["--resume", older]),
+        (newest, ["--resume", "auto", "--allow-change", key]),
+        (older, ["--resume", older, "--allow-change", key]),
         (newest, [f"training.init_from={bench.run}", other]),
     ):
         message = bench.refused(DATA, "train", bench.config, override, *argv)
@@ -176,7 +179,7 @@ def test_checkpoints_that_do_not_fit(bench: Workbench, fault: str, problem: str,
         arrays[part][name] = arrays[part][name][:, :4]
     other = CheckpointStore(bench.folder / "other")
     path = other.save(4, arrays["model"], arrays["optimizer"], checkpoint.state, best=True, keep=1)
-    message = bench.refused(DATA, "train", bench.config, "--resume", path)
+    message = bench.refused(DATA, "train", bench.config, "--resume", path, f"output_dir={bench.folder / 'new'}")
     assert f"{problem}: {name}" in message and str(path) in message
     if part == "model":
         shutil.copy(bench.run / "config.yaml", bench.folder / "other")
