@@ -152,8 +152,7 @@ def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | 
     if not isinstance(spec, TimeSeriesSpec):  # windows have one length; text is read only to count them
         return (steps if steps is not None else plan_steps(assemble(config))[1]), None
     assembly = assemble(config)
-    if steps is None:
-        steps = plan_steps(assembly)[1]
+    steps = plan_steps(assembly)[1]  # refuses, as training does, a batch larger than the data
     data = assembly.data
     rows: Any = data.rows("train")  # type: ignore[union-attr]
     size = config.training.batch_size

@@ -171,6 +171,11 @@ def test_a_missing_model_and_damaged_data_are_errors(tiny: Path) -> None:
         plan(load_config(tiny))
 
 
+def test_a_batch_larger_than_the_data_is_refused_as_in_training() -> None:
+    with pytest.raises(DataError, match="batch_size 100000 is larger than the training data"):
+        plan(load_config("quick_test", ["training.batch_size=100000"]))
+
+
 def test_counts_are_those_of_the_built_model(tiny: Path, backend_name: str) -> None:
     config = load_config(tiny, [f"backend={backend_name}"])
     parameters = plan(config)["parameters"]
