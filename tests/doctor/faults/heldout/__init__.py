@@ -1,5 +1,6 @@
-"""Faults and look-alikes that no check was developed on: what the doctor does with them is measured, never tuned.
+"""Faults and look-alikes written by somebody who had not seen the checks; docs/doctor.md has what was found at first.
 
+The checks have been repaired on them since, so that they now guard against losing ground, as the catalogue does.
 They differ from the catalogue in mechanism or in place: one layer, some rows, one group, one micro-batch, later steps.
 """
 
