@@ -195,7 +195,7 @@ def _gradient(subject: Subject, seen: Observed) -> Finding | None:
         return failed(name, figure, "decay_coupled")
     if difference(used, seen.gradient) < SAME:
         return failed(name, figure, "clip_ignored")
-    if not _squares_fit(subject, seen.state):
+    if _lost_squares(subject, used, seen):
         return failed(name, f"{figure}; the second moments do not fit the first", "update_wrong")
     if all(angle({"": used[n]}, {"": expected[n]}) < SAME for n in used if norm_of({"": expected[n]}) > 1e-6):
         return failed(name, figure, "clip_wrong")
@@ -207,17 +207,21 @@ def _squares(subject: Subject, seen: Observed) -> Finding | None:
     used = used_gradient(subject, seen.state)
     if used is None:
         return None
-    expected = {n: (1 - subject.optim.betas[1]) * g**2 for n, g in used.items()}
-    v = moments(used, seen.state, "v")
-    lost = [n for n in v if (np.abs(v[n] - expected[n]) > 0.1 * expected[n] + 1e-30).any()]
+    lost = _lost_squares(subject, used, seen)
     if not lost:
         return None
-    exact = replace(seen, state=seen.state | {f"{n}.v": expected[n] for n in v})
+    exact = replace(seen, state=seen.state | {f"{n}.v": (1 - subject.optim.betas[1]) * used[n] ** 2 for n in used})
     if _update(subject, exact, 1) is None:
         return failed(
             "optimiser state", f"{len(lost)} second moments are not what the step used", "resume_differs", lost
         )
     return failed("optimiser state", f"{len(lost)} second moments are not squares of gradients", "update_wrong", lost)
+
+
+def _lost_squares(subject: Subject, used: Arrays, seen: Observed) -> list[str]:
+    """Parameters with v other than (1 - beta2) g^2 somewhere after a first step."""
+    v, share = moments(used, seen.state, "v"), 1 - subject.optim.betas[1]
+    return [n for n, g in used.items() if (np.abs(v[n] - share * g**2) > 0.1 * share * g**2 + 1e-30).any()]
 
 
 def _update(subject: Subject, seen: Observed, number: int) -> Finding | None:
@@ -300,14 +304,6 @@ def _second_moments(subject: Subject, first: Observed, seen: Observed, number: i
     figure = f"second moments differ by {difference(v2, expected):.1e} from what {number} steps make"
     lost = difference(v2, {n: (1 - beta) * fresh[n] ** 2 for n in fresh}) < SAME
     return failed(f"step {number}", figure, "state_lost" if lost else "update_wrong")
-
-
-def _squares_fit(subject: Subject, state: Arrays) -> bool:
-    """Whether v = (1 - beta2) g^2 for the g of m = (1 - beta1) g."""
-    b1, b2 = subject.optim.betas
-    names = subject.spec.params()
-    v = {n: state[f"{n}.v"].astype(np.float64) for n in names}
-    return difference({n: (1 - b2) * (state[f"{n}.m"].astype(np.float64) / (1 - b1)) ** 2 for n in names}, v) < SAME
 
 
 def _lighter(batch: Batch) -> Batch:

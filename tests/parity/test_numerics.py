@@ -4,7 +4,6 @@
 cancels on its models (epsilons, the rates of groups, a clip that Adam forgives).
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,8 @@ from mlx_training.objectives.lm import lm
 from mlx_training.schedule import factor
 from mlx_training.spec import Spec, TimeSeriesSpec
 from tests.parity.cases import CASES, batches, realise, specs
-from tests.parity.tiny_checkpoints import save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_quantized("llama", tmp_path_factory.mktemp("lm") / "llama-4bit")
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """MLX without mx.compile, which has every new kernel built by a C++ compiler."""
-    import mlx.core as mx
-
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def timeseries(directory: Path, dropout: float = 0.0) -> TimeSeriesSpec:

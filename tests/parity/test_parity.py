@@ -24,13 +24,6 @@ pytestmark = pytest.mark.usefixtures("both_backends")
 TIMESERIES = [case for case in CASES if case.startswith("timeseries")]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.parity.tiny_checkpoints import save_tiny_quantized
-
-    return save_tiny_quantized("llama", tmp_path_factory.mktemp("lm") / "llama-4bit")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_names_and_shapes_equal_the_table(case: str, directory: Path) -> None:
     spec = specs(directory)[case]

@@ -16,15 +16,9 @@ from mlx_training.objectives.lm import lm
 from mlx_training.spec import DecoderSpec, TimeSeriesSpec
 from tests.parity import lm_driver
 from tests.parity.cases import CASES, batches, realise, relative, specs
-from tests.parity.tiny_checkpoints import save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
 DECODERS = [case for case in CASES if case.startswith("decoder")]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_quantized("llama", tmp_path_factory.mktemp("lm") / "llama-4bit")
 
 
 @pytest.mark.parametrize("case", DECODERS)

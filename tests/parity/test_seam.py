@@ -1,6 +1,5 @@
 """What diagnosis asks of a backend: everything registered, gradients of inputs, activations, probes and the guard."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,8 @@ from mlx_training.data.batch import Batch
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import Spec
 from tests.parity.cases import CASES, OPTIM, batches, rates, realise, relative, specs
-from tests.parity.tiny_checkpoints import save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_quantized("llama", tmp_path_factory.mktemp("lm") / "llama-4bit")
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """MLX without mx.compile, which has every new kernel built by a C++ compiler."""
-    import mlx.core as mx
-
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def both(spec: Spec) -> list[tuple[Backend, Any]]:

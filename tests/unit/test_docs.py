@@ -58,7 +58,7 @@ def test_the_example_rows_are_rows(tmp_path: Path) -> None:
     assert [row.answer for row in read_rows(tmp_path / "rows.jsonl")] == ["rising", "the flow"]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*PAGES, DOCS.parent / "README.md"], ids=lambda path: path.stem)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]*)\)", path.read_text(encoding="utf-8")):
         file, _, heading = target.partition("#")

@@ -51,24 +51,34 @@ FAULTS: list[Fault] = []
 LOOKALIKES: list[Lookalike] = []
 
 
-def fault(*causes: str, **fields: Any) -> Callable[[Plant], Plant]:
-    """Put a function into FAULTS; its name and docstring are the fault's name and story."""
+def fault_into(faults: list[Fault]) -> Callable[..., Callable[[Plant], Plant]]:
+    """A decorator `fault(*causes, **fields)` for functions whose name and docstring are a fault's name and story."""
 
-    def register(plant: Plant) -> Plant:
-        assert causes and set(causes) <= set(CAUSES), causes
-        assert all(plant.__name__ != known.name for known in FAULTS), plant.__name__
-        FAULTS.append(Fault(plant.__name__, plant.__doc__ or "", causes, plant, **fields))
+    def fault(*causes: str, **fields: Any) -> Callable[[Plant], Plant]:
+        def register(plant: Plant) -> Plant:
+            assert causes and set(causes) <= set(CAUSES), causes
+            assert all(plant.__name__ != known.name for known in faults), plant.__name__
+            faults.append(Fault(plant.__name__, plant.__doc__ or "", causes, plant, **fields))
+            return plant
+
+        return register
+
+    return fault
+
+
+def lookalike_into(lookalikes: list[Lookalike]) -> Callable[..., Any]:
+    """A decorator for look-alikes, bare or with `case`."""
+
+    def lookalike(plant: Plant | None = None, *, case: str = "timeseries") -> Any:
+        if plant is None:
+            return partial(lookalike, case=case)
+        lookalikes.append(Lookalike(plant.__name__, plant.__doc__ or "", plant, case))
         return plant
 
-    return register
+    return lookalike
 
 
-def lookalike(plant: Plant | None = None, *, case: str = "timeseries") -> Any:
-    """Put a function into LOOKALIKES."""
-    if plant is None:
-        return partial(lookalike, case=case)
-    LOOKALIKES.append(Lookalike(plant.__name__, plant.__doc__ or "", plant, case))
-    return plant
+fault, lookalike = fault_into(FAULTS), lookalike_into(LOOKALIKES)
 
 
 def framework(x: Any) -> Any:
