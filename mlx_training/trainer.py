@@ -14,7 +14,8 @@ from typing import Any
 from mlx_training import schedule
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
 from mlx_training.backend import Optim
-from mlx_training.checkpoint import CheckpointStore, CheckpointWriter
+from mlx_training.checkpoint import CheckpointStore
+from mlx_training.checkpoint_writer import CheckpointWriter
 from mlx_training.config import RunConfig, to_yaml
 from mlx_training.diagnostics import norms
 from mlx_training.diagnostics.guard import ADVICE, Guard
@@ -22,11 +23,12 @@ from mlx_training.environment import git_state, versions
 from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.init import initialise
+from mlx_training.json_lines import METRICS, JsonLines, set_aside
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
-from mlx_training.tracking import METRICS, JsonLines, StepTimer, Tracker, open_tracker, set_aside
+from mlx_training.tracking import StepTimer, Tracker, open_tracker
 
 
 @dataclass

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mlx_training.tracking import read_metrics
+from mlx_training.json_lines import read_metrics
 
 
 def main() -> None:

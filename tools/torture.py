@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.environment import installed_backends
-from mlx_training.tracking import METRICS, read_metrics
+from mlx_training.json_lines import METRICS, read_metrics
 
 SAVE_EVERY = 2
 CONFIG = """\

@@ -19,6 +19,7 @@ from mlx_training.diagnostics import (
     model_checks,
     run_checks,
     speed_checks,
+    structure_checks,
     update_checks,
 )
 from mlx_training.diagnostics.exam import Check, Exam, as_it_was
@@ -33,9 +34,9 @@ CHECKS = (
     *data_checks.BATCHES,
     *label_checks.CHECKS,
     *data_checks.CONTENT,
-    *model_checks.STRUCTURE,
+    *structure_checks.CHECKS,
     *learning_checks.TRAINED,
-    *model_checks.BEHAVIOUR,
+    *model_checks.CHECKS,
     *gradient_checks.CHECKS,
     *update_checks.CHECKS,
     *learning_checks.CHECKS,

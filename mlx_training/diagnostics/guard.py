@@ -14,8 +14,8 @@ from mlx_training.assemble import Assembly
 from mlx_training.backend import Arrays, Backend
 from mlx_training.data.batch import Batch
 from mlx_training.errors import DivergedError
+from mlx_training.json_lines import read_metrics
 from mlx_training.objectives import Objective
-from mlx_training.tracking import read_metrics
 
 ADVICE = (
     "What was saved before is intact. Try a lower training.learning_rate, training.grad_clip_norm: 1.0 or more "

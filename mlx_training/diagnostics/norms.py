@@ -14,8 +14,8 @@ import numpy as np
 
 from mlx_training.backend import Step
 from mlx_training.data.batch import Batch
+from mlx_training.json_lines import JsonLines, read_metrics
 from mlx_training.spec import Spec
-from mlx_training.tracking import JsonLines, read_metrics
 
 Figures = dict[str, float]
 Record = dict[str, Any]

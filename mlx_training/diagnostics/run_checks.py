@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
-from mlx_training.tracking import read_metrics
+from mlx_training.json_lines import read_metrics
 
 SPIKE = 4.0  # times the median of the losses before
 FLAT = 0.98  # of the first losses is no progress

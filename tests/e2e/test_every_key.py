@@ -25,7 +25,7 @@ from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import RunConfig, load_config
 from mlx_training.data.rows import row_to_dict, write_rows
 from mlx_training.errors import UserError
-from mlx_training.tracking import read_metrics
+from mlx_training.json_lines import read_metrics
 from mlx_training.trainer import train
 from tests.e2e.every_key_cases import BASES, CASES, DECODERS
 from tests.e2e.tiny import decoder_config, rows, save_tiny_llama, timeseries_config

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_training import cli
 from mlx_training.data.rows import write_rows
-from mlx_training.tracking import read_metrics
+from mlx_training.json_lines import read_metrics
 from tests.e2e.tiny import decoder_config, rows, timeseries_config
 
 CONFIG, DATA = 2, 3  # exit codes

@@ -19,6 +19,8 @@ ROOMS = (
     {"spec", "blas", "environment", "llm_config", "torch_archive"} | CONFIGURATION,
     {
         "init",
+        "json_lines",
+        "checkpoint_writer",
         "ops",
         "data",
         "objectives",

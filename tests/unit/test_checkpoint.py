@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from mlx_training import checkpoint as module
-from mlx_training.checkpoint import CheckpointStore, CheckpointWriter, check_shapes, verify
+from mlx_training.checkpoint import CheckpointStore, check_shapes, verify
+from mlx_training.checkpoint_writer import CheckpointWriter
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.run_directory import claim_run_directory, full_disk_explained
 

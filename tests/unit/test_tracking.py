@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_training.tracking import JsonLines, Progress, Tracker, WandbSink, open_tracker, read_metrics
+from mlx_training.json_lines import JsonLines, read_metrics
+from mlx_training.tracking import Progress, Tracker, WandbSink, open_tracker
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_training.tracking import JsonLines, read_metrics
+from mlx_training.json_lines import JsonLines, read_metrics
 from tests.doctor.faults.base import fault
 
 Curve = Callable[[int], float]
