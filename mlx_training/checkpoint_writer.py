@@ -9,7 +9,7 @@ from mlx_training.checkpoint import Arrays, CheckpointStore
 
 
 class CheckpointWriter:
-    """Saves in a thread of its own, one checkpoint at a time, so that training does not wait for the disk.
+    """Saves in a thread of its own, one checkpoint at a time, so that a training step hides the time a disk takes.
 
     A write that failed is raised by the next call, whichever that is.
     """
@@ -25,11 +25,6 @@ class CheckpointWriter:
         """`CheckpointStore.save`, begun once the one before is done. The arrays must not change any more."""
         self.wait()
         self._pending = self._thread.submit(self.store.save, step, model, optimizer, state, best=best, keep=keep)
-
-    def check(self) -> None:
-        """Raise what went wrong, without waiting."""
-        if self._pending and self._pending.done():
-            self.wait()
 
     def wait(self) -> None:
         """Return when everything is on the disk."""

@@ -125,12 +125,12 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
             save(best=evaluate())
         stopping = False
         while number < total_steps and not progress.stopped_early and not stopping:
-            writer.check()
             number += 1
             rates = learning_rates(config, number, total_steps)
             micro_batches = [next(stream) for _ in range(accumulation)]
             probes = cadence.probes(number)
             metrics = step(micro_batches, step=number, lr=rates, probe=probes)
+            writer.wait()  # one step hides a save; no more, so that a kill never costs more than one save interval
             guard.watch(number, metrics, micro_batches)
             if probes:
                 probe_log.log(norms.record_of(number, metrics["probe"], assembly.spec))

@@ -1,0 +1,1 @@
+"""What `tools/torture.py` puts runs through, one module a trial."""
