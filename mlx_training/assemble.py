@@ -12,7 +12,7 @@ from mlx_training import backend as backends
 from mlx_training.backend import Backend, Runtime
 from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
-from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
@@ -27,7 +27,7 @@ from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
 from mlx_training.environment import resolve_backend
 from mlx_training.errors import CheckpointError, DataError
 from mlx_training.llm_source import describe_llm, read_llm_config, resolve_llm
-from mlx_training.spec import DecoderSpec, EncoderSpec, FrozenLM, ProjectorSpec, RopeScaling, Spec, TimeSeriesSpec
+from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
 
 SPLITS = ("train", "validation", "test")
 
@@ -154,7 +154,7 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
         )
         return Assembly(config, spec, RowData(tokenizer, encoder, config))
     data = _text_data(config, config.model, run)
-    return Assembly(config, decoder_spec(config.model, data.tokenizer.vocab_size), data)
+    return Assembly(config, config.model.spec(data.tokenizer.vocab_size), data)
 
 
 def timeseries_spec(model: TimeSeriesConfig) -> TimeSeriesSpec:
@@ -167,17 +167,6 @@ def timeseries_spec(model: TimeSeriesConfig) -> TimeSeriesSpec:
         encoder=EncoderSpec(**model.encoder.model_dump()),
         projector=ProjectorSpec(**model.projector.model_dump()),
         train_lm_head=model.train_lm_head,
-    )
-
-
-def decoder_spec(model: DecoderConfig, vocab_size: int) -> DecoderSpec:
-    """The spec of a `model` section of family decoder."""
-    shape = model.decoder.model_dump(exclude={"rope_scaling"})
-    shape["num_kv_heads"] = shape["num_kv_heads"] or shape["num_heads"]
-    shape["head_dim"] = shape["head_dim"] or shape["hidden_size"] // shape["num_heads"]
-    scaling = model.decoder.rope_scaling
-    return DecoderSpec(
-        vocab_size=vocab_size, rope_scaling=RopeScaling(**scaling.model_dump()) if scaling else None, **shape
     )
 
 
@@ -249,7 +238,7 @@ def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:
     return {name: rows[: limits[name]] for name, rows in splits.items()}
 
 
-def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> TextData:
+def _text_data(config: RunConfig, model: LanguageConfig, run: Path | None) -> TextData:
     data = config.dataset
     limits = {name: getattr(data, f"num_samples_{name}") for name in SPLITS}
     if data.format == "corpus":
@@ -262,11 +251,12 @@ def _text_data(config: RunConfig, model: DecoderConfig, run: Path | None) -> Tex
         documents = split_documents(texts, data.splits.fraction.model_dump(exclude_none=True))
     tokenizer = _text_tokenizer(model, documents["train"], run)
     streams = {name: encode_documents(texts, tokenizer) for name, texts in documents.items()}
-    context = model.decoder.context_length
-    return TextData({name: TextWindows(stream, context) for name, stream in streams.items()}, tokenizer, config)
+    return TextData(
+        {name: TextWindows(stream, model.context_length) for name, stream in streams.items()}, tokenizer, config
+    )
 
 
-def _text_tokenizer(model: DecoderConfig, texts: Sequence[str], run: Path | None) -> Tokenizer:
+def _text_tokenizer(model: LanguageConfig, texts: Sequence[str], run: Path | None) -> Tokenizer:
     """The tokenizer of a directory, the one this run has trained, or one trained now.
 
     Without config.yaml a tokenizer in `run` is what an attempt with other text or settings left behind.

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from mlx_training.config_checks import merge
 from mlx_training.config_errors import Problem, explain, take_older_spellings
-from mlx_training.config_model import FAMILIES, DecoderConfig, DecoderShape, TimeSeriesConfig
+from mlx_training.config_language import DecoderShape
+from mlx_training.config_model import FAMILIES, DecoderConfig, TimeSeriesConfig
 from mlx_training.config_schema import Dataset, DatasetOptions, RunConfig, Splits
 from mlx_training.configs import find_config
 from mlx_training.errors import ConfigError

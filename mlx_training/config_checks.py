@@ -6,13 +6,15 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.config_language import DecoderShape
+from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, TimeSeriesConfig
+from mlx_training.config_presets import PRESETS
 
 if TYPE_CHECKING:
     from mlx_training.config_schema import RunConfig
 
-GENERATED = {"questions": "timeseries", "corpus": "decoder"}  # formats that the project makes itself: no file
-TEXT = ("corpus", "text")  # formats of a decoder; all others are rows about time series
+GENERATED = ("questions", "corpus")  # formats that the project makes itself: no file
+TEXT = ("corpus", "text")  # formats of language models; all others are rows about time series
 CLASSES = ("question", "post_prompt", "channel_names", "label_names")
 OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.options
     "ts": CLASSES,
@@ -29,7 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.opt
 }
 # Keys that mean nothing there: changing one is an error, as it would be ignored.
 UNREAD = {
-    "decoder": (
+    "language": (  # every family on text
         *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length"),
         *("evaluation.max_new_tokens", "evaluation.save_predictions"),
     ),
@@ -39,26 +41,6 @@ UNREAD = {
     ),
 }
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
-
-# OpenTSLM-SP's sizes (StanfordBDHG/OpenTSLM): 2,110,976 + 264,448 parameters in front of Llama-3.2-1B.
-PRESETS: dict[str, dict[str, Any]] = {
-    "opentslm-sp": {
-        "layout": "opentslm",
-        "encoder": {
-            "patch_size": 4,
-            "hidden_size": 128,
-            "num_layers": 6,
-            "num_heads": 8,
-            "ffn_size": 1024,
-            "max_patches": 1024,
-            "max_series": 0,
-            "pos_init_std": 1.0,
-            "dropout": 0.0,
-            "numeric_scale": False,
-        },
-        "projector": {"norm_output": False, "dropout": 0.0},
-    }
-}
 
 
 class Conflict(NamedTuple):
@@ -94,11 +76,12 @@ def fill_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
 
     default(filled, "output_dir", f"runs/{section('experiment').get('name', 'run')}")
     model, dataset = section("model"), section("dataset")
-    if isinstance(preset := model.get("preset"), str) and preset in PRESETS:
-        filled["model"] = model = merge(PRESETS[preset], model)
+    family, preset = model.get("family"), model.get("preset")
+    if isinstance(family, str) and isinstance(preset, str) and preset in PRESETS.get(family, {}):
+        filled["model"] = model = merge(PRESETS[family][preset], model)
     if model.get("layout") == "opentslm":
         default(section("encoder", model), "numeric_scale", False)
-    if model.get("family") == "decoder":
+    if isinstance(family, str) and family in FAMILIES and family != "timeseries":
         default(section("evaluation"), "metrics", ["loss"])
         if dataset.get("format", "auto") == "auto":
             dataset["format"] = "text"
@@ -129,15 +112,26 @@ def _model_conflicts(config: "RunConfig") -> Iterator[Conflict]:
             keys = ("model.encoder.numeric_scale", "model.layout")
             yield Conflict(keys, "given true; the opentslm layout has no numeric scale, set false or layout: standard")
     elif isinstance(model, DecoderConfig):
-        shape = model.decoder
-        if shape.head_dim is None:
-            keys = ("model.decoder.hidden_size", "model.decoder.num_heads")
-            yield from _divides(keys, shape.hidden_size, shape.num_heads)
-        keys = ("model.decoder.num_heads", "model.decoder.num_kv_heads")
-        yield from _divides(keys, shape.num_heads, shape.num_kv_heads or 1)
-        if (head_dim := shape.head_dim or shape.hidden_size // shape.num_heads) % 2:
-            keys = ("model.decoder.head_dim", "model.decoder.hidden_size")
-            yield Conflict(keys, f"a head is {head_dim} wide; rotary positions need an even number")
+        yield from _decoder_conflicts(model.decoder)
+
+
+def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
+    at = "model.decoder."
+    if shape.head_dim is not None and shape.intermediate_dim is not None:
+        message = "both say how wide the heads are; keep one of them (null removes a key)"
+        yield Conflict((f"{at}intermediate_dim", f"{at}head_dim"), message)
+    elif shape.head_dim is None:
+        whole = "hidden_size" if shape.intermediate_dim is None else "intermediate_dim"
+        yield from _divides((at + whole, f"{at}num_heads"), getattr(shape, whole), shape.num_heads)
+    yield from _divides((f"{at}num_heads", f"{at}num_kv_heads"), shape.num_heads, shape.num_kv_heads or 1)
+    head_dim = shape.head_dim or (shape.intermediate_dim or shape.hidden_size) // shape.num_heads
+    if head_dim % 2 and shape.positions == "rope":
+        keys = (f"{at}head_dim", f"{at}intermediate_dim", f"{at}hidden_size")
+        yield Conflict(keys, f"a head is {head_dim} wide; rotary positions need an even number")
+    for key, reader in {"rope_theta": "rope", "rope_scaling": "rope", "position_init_std": "learned"}.items():
+        if shape.positions != reader and getattr(shape, key) != DecoderShape.model_fields[key].default:
+            message = f"positions: {shape.positions} does not read it; remove it or give positions: {reader}"
+            yield Conflict((at + key, f"{at}positions"), message)
 
 
 def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]:
@@ -147,16 +141,18 @@ def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]
 
 def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     data, family = config.dataset, config.model.family
-    readers: dict[str, str] = {"model.family": family, "dataset.format": data.format}
+    reads_text = isinstance(config.model, LanguageConfig)
+    readers = {"model.family": "language" if reads_text else family, "dataset.format": data.format}
     for reader, key in readers.items():
         for unread in UNREAD.get(key, ()):
             *sections, name = unread.split(".")
             section = reduce(getattr, sections, config)
             value, default = getattr(section, name), type(section).model_fields[name].default
             if value != default:
-                yield Conflict((unread, reader), f"{reader}: {key} does not read it; remove it")
-    if (data.format in TEXT) != (family == "decoder") and data.format != "auto":
-        formats = ", ".join(TEXT) if family == "decoder" else "rows about time series (questions, jsonl, npz, ...)"
+                named = family if reader == "model.family" else key
+                yield Conflict((unread, reader), f"{reader}: {named} does not read it; remove it")
+    if (data.format in TEXT) != reads_text and data.format != "auto":
+        formats = ", ".join(TEXT) if reads_text else "rows about time series (questions, jsonl, npz, ...)"
         yield Conflict(("dataset.format", "model.family"), f"given {data.format}; the {family} family reads {formats}")
     if data.format != "auto":
         readable = OPTIONS.get(data.format, ())
@@ -226,5 +222,6 @@ def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     if best.removeprefix("eval/") not in evaluation.metrics:
         message = f"given {best}; evaluation.metrics has only {', '.join(evaluation.metrics) or 'nothing'}"
         yield Conflict(("checkpoint.best", "evaluation.metrics"), message)
-    if config.model.family == "decoder" and {*evaluation.metrics} - {"loss"}:
-        yield Conflict(("evaluation.metrics", "model.family"), "a decoder has no answers to score; give [loss]")
+    if isinstance(config.model, LanguageConfig) and {*evaluation.metrics} - {"loss"}:
+        message = f"a {config.model.family} has no answers to score; give [loss]"
+        yield Conflict(("evaluation.metrics", "model.family"), message)

@@ -10,19 +10,8 @@ from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_training.config_checks import fill_defaults, find_conflicts
-from mlx_training.config_model import (
-    Beta,
-    Count,
-    Fraction,
-    ModelConfig,
-    Positive,
-    Rate,
-    Section,
-    Seed,
-    Text,
-    as_tuple,
-    either,
-)
+from mlx_training.config_model import ModelConfig
+from mlx_training.config_section import Beta, Count, Fraction, Positive, Rate, Section, Seed, Text, as_tuple, either
 
 Split = Literal["train", "validation", "test"]
 Names = Annotated[tuple[str, ...], as_tuple]
@@ -171,7 +160,7 @@ class Training(Section):
         Annotated[Rate, Tag("<number>")] | Annotated[dict[str, Rate], Tag("<groups>")],
         either("<groups>", "<number>"),
     ] = 1e-3
-    """Peak rate: one number, or one per group (timeseries: encoder, projector, lm_head; decoder: model)."""
+    """Peak rate: one number, or one per group (timeseries: encoder, projector, lm_head; others: model)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the rate after warm-up."""
     warmup_fraction: Fraction = 0.03
@@ -200,7 +189,7 @@ class Evaluation(Section):
     test_split: Split | None = "test"
     """Rows for the final report of the best checkpoint; null: those of evaluation.split."""
     metrics: Annotated[tuple[Literal["loss", "accuracy", "macro_f1"], ...], as_tuple] = ("loss", "accuracy")
-    """What evaluation measures while training; a decoder has [loss]."""
+    """What evaluation measures while training; a language model has [loss]."""
     max_new_tokens: Count = 16
     """Longest generated answer."""
     batch_size: Count | None = None

@@ -9,10 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from mlx_training.assemble import decoder_spec, timeseries_spec
+from mlx_training.assemble import timeseries_spec
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
-from mlx_training.config_model import DecoderConfig
+from mlx_training.config_model import DecoderConfig, LanguageConfig
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.llm_source import GROUP_SIZES
@@ -77,7 +77,11 @@ def export_huggingface(run: Path, target: Path) -> str:
         raise ConfigError(f"{run}: a {config.model.family} run; only decoder runs can be exported as a Llama directory")
     source = _tokenizer_of(config.model, run)
     tokenizer = Tokenizer.load(source)
-    spec = decoder_spec(config.model, tokenizer.vocab_size)
+    spec = config.model.spec(tokenizer.vocab_size)
+    if misfits := spec.not_llama():
+        raise ConfigError(
+            f"{run}: Hugging Face's Llama has no {', '.join(misfits)}; this model cannot be exported as one"
+        )
     checkpoint = CheckpointStore(run).best_or_latest()
     shapes = {name: array.shape for name, array in checkpoint.model.items()}
     check_shapes({name: p.shape for name, p in spec.params().items()}, shapes, str(checkpoint.path))
@@ -109,8 +113,8 @@ def read_run_config(run: Path) -> RunConfig:
 def run_spec(run: Path) -> Spec:
     """The spec of a trained run, without reading its data. Raises UserError where its LM or tokenizer is gone."""
     model = read_run_config(run).model
-    if isinstance(model, DecoderConfig):
-        return decoder_spec(model, Tokenizer.load(_tokenizer_of(model, run)).vocab_size)
+    if isinstance(model, LanguageConfig):
+        return model.spec(Tokenizer.load(_tokenizer_of(model, run)).vocab_size)
     return timeseries_spec(model)
 
 
@@ -128,6 +132,6 @@ def _export_mlx(run: Path, target: Path, bits: int, group_size: int) -> str:
     return f"{written}, matrices quantised to {bits} bits in groups of {group_size}"
 
 
-def _tokenizer_of(model: DecoderConfig, run: Path) -> Path:
+def _tokenizer_of(model: LanguageConfig, run: Path) -> Path:
     source = Path(model.tokenizer) if isinstance(model.tokenizer, str) else run / "tokenizer"
     return source.parent if source.is_file() else source

@@ -24,6 +24,8 @@ from torch_backend.session import Session
 from torch_backend.step import Step
 from torch_backend.timeseries import TimeSeriesLM
 
+FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {DecoderSpec: Decoder}  # models trained from scratch
+
 
 class Backend:
     """PyTorch on CUDA, Metal (MPS) or the CPU."""
@@ -43,8 +45,7 @@ class Backend:
             )
             model = TimeSeriesLM(spec, lm)
         else:
-            assert isinstance(spec, DecoderSpec), f"no PyTorch realisation of {type(spec).__name__}"
-            model = Decoder(spec, self.dtype)
+            model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
         return model.to(self.device)
 

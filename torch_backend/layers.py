@@ -3,7 +3,7 @@
 Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N heads, K key/value heads, D head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,27 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias, statistics in float32 (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), (x.shape[-1],), self.weight, self.bias, self.eps).to(x.dtype)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
 class Linear(nn.Linear):
     """A Linear whose float32 weights follow the activations' type: float32 master weights under bfloat16."""
 
@@ -40,7 +61,10 @@ def rotate(x_BNLD: Tensor, angles_BLD: Tensor) -> Tensor:
 
 
 def attention(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str | None) -> Tensor:
-    """Scaled dot-product attention with grouped heads; mask is None, "causal", or boolean (True = may look)."""
+    """Scaled dot-product attention with grouped heads.
+
+    `mask` is None, "causal", boolean (True = may look), or what is added to the scores.
+    """
     causal = isinstance(mask, str)
     return F.scaled_dot_product_attention(
         q_BNTD,
@@ -50,6 +74,18 @@ def attention(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str
         is_causal=causal,
         enable_gqa=q_BNTD.shape[1] != k_BKSD.shape[1],
     )
+
+
+def alibi(mask: Tensor | str, slopes_N: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """What ALiBi adds to the scores, float32 (B or 1, N, T, S): -slope * distance; -inf where `mask` forbids to look.
+
+    `mask` is "causal" or boolean; the last query stands at the last key (Press et al. 2022).
+    """
+    places = torch.arange(num_keys, device=slopes_N.device)
+    distance_TS = places[num_keys - num_queries :, None] - places[None]
+    seen = distance_TS >= 0 if isinstance(mask, str) else mask
+    bias_NTS = -slopes_N[:, None, None] * distance_TS
+    return torch.where(seen, bias_NTS, -torch.inf)
 
 
 class KVCache:

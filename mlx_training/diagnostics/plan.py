@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_training.assemble import assemble, decoder_spec, timeseries_spec
+from mlx_training.assemble import assemble, timeseries_spec
 from mlx_training.config import RunConfig
-from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.config_checks import GENERATED
+from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.series import round_up
@@ -37,7 +38,6 @@ from mlx_training.spec import Spec, TimeSeriesSpec
 from mlx_training.trainer import plan as plan_steps
 
 EFFICIENCY = {"torch": 0.61, "mlx": 0.66}
-GENERATED = ("questions", "corpus")
 MAX_ROWS = 2048  # rows of a large file that are tokenised to find its longest batch
 TEXT_TOKENS = 64  # beside the patches, where neither data nor max_length say how long a row is
 
@@ -57,7 +57,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     if isinstance(model, TimeSeriesConfig):
         spec: Spec = timeseries_spec(model)
     else:
-        spec = decoder_spec(model, _vocabulary(model))
+        spec = model.spec(_vocabulary(model))
     llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
     lm = lm_shape(spec, llm_config)
     frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, TimeSeriesSpec) and llm_config else {}
@@ -141,7 +141,7 @@ def data_at_hand(config: RunConfig) -> bool:
     return all((folder / file).exists() for file in (files.train, files.validation, files.test) if file)
 
 
-def _vocabulary(model: DecoderConfig) -> int:
+def _vocabulary(model: LanguageConfig) -> int:
     tokenizer = model.tokenizer
     return Tokenizer.load(tokenizer).vocab_size if isinstance(tokenizer, str) else tokenizer.train
 

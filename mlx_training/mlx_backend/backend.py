@@ -24,6 +24,8 @@ from mlx_training.mlx_backend.timeseries import TimeSeriesLM
 from mlx_training.objectives import Objective
 from mlx_training.spec import DecoderSpec, Spec, TimeSeriesSpec
 
+FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {DecoderSpec: Decoder}  # models trained from scratch
+
 
 class Backend:
     """MLX on Metal or the CPU."""
@@ -44,8 +46,7 @@ class Backend:
             )
             model = TimeSeriesLM(spec, lm)
         else:
-            assert isinstance(spec, DecoderSpec), f"no MLX realisation of {type(spec).__name__}"
-            model = Decoder(spec, self.dtype)
+            model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
         return model
 

@@ -1,6 +1,6 @@
 """Decoder: the MLX realisation of DecoderSpec, module names as in Hugging Face's LlamaForCausalLM.
 
-Shape suffixes: B rows, L tokens, H hidden, N heads, K key/value heads, D head_dim.
+Shape suffixes: B rows, L tokens, T new tokens, S keys, H hidden, N heads, K key/value heads, D head_dim.
 """
 
 from collections.abc import Sequence
@@ -9,29 +9,45 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_training.data.batch import Batch
-from mlx_training.mlx_backend.layers import KVCache, LanguageModel, Linear, RMSNorm, attention, rotate
+from mlx_training.mlx_backend.layers import (
+    ACTIVATIONS,
+    NORMS,
+    KVCache,
+    LanguageModel,
+    Linear,
+    RMSNorm,
+    alibi,
+    attention,
+    rotate,
+)
 from mlx_training.spec import DecoderSpec
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key/value heads."""
+    """Causal self-attention with grouped key/value heads; rotary positions where `angles` are given."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
-        self.q_proj = Linear(spec.hidden_size, spec.num_heads * spec.head_dim, bias=False)
-        self.k_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, bias=False)
-        self.v_proj = Linear(spec.hidden_size, spec.num_kv_heads * spec.head_dim, bias=False)
-        self.o_proj = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
+        query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = Linear(spec.hidden_size, query, bias=spec.attention_bias)
+        self.k_proj = Linear(spec.hidden_size, key, bias=spec.attention_bias)
+        self.v_proj = Linear(spec.hidden_size, key, bias=spec.attention_bias)
+        self.o_proj = Linear(query, spec.hidden_size, bias=spec.attention_bias)
+        if spec.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(spec.head_dim, spec.norm_eps) for _ in range(2))
 
     def __call__(
-        self, x_BLH: mx.array, angles: mx.array, mask: mx.array | str | None, cache: KVCache | None, layer: int
+        self, x_BLH: mx.array, angles: mx.array | None, mask: mx.array | str | None, cache: KVCache | None, layer: int
     ) -> mx.array:
         B, L, _ = x_BLH.shape
         q_BNLD = self.q_proj(x_BLH).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
         k_BKLD = self.k_proj(x_BLH).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
         v_BKLD = self.v_proj(x_BLH).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
-        q_BNLD, k_BKLD = rotate(q_BNLD, angles), rotate(k_BKLD, angles)
+        if "q_norm" in self:
+            q_BNLD, k_BKLD = self.q_norm(q_BNLD), self.k_norm(k_BKLD)
+        if angles is not None:
+            q_BNLD, k_BKLD = rotate(q_BNLD, angles), rotate(k_BKLD, angles)
         if cache is not None:
             k_BKLD, v_BKLD = cache.append(layer, k_BKLD, v_BKLD)
         out = attention(q_BNLD, k_BKLD, v_BKLD, mask)
@@ -39,33 +55,45 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """SwiGLU (Shazeer 2020), or up, activation, down."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        H, F_ = spec.hidden_size, spec.intermediate_size
+        if spec.activation == "swiglu":
+            self.gate_proj = Linear(H, F_, bias=spec.mlp_bias)
+        else:
+            self.activation = ACTIVATIONS[spec.activation]
+        self.up_proj = Linear(H, F_, bias=spec.mlp_bias)
+        self.down_proj = Linear(F_, H, bias=spec.mlp_bias)
 
     def __call__(self, x_BLH: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x_BLH)) * self.up_proj(x_BLH))
+        up = self.up_proj(x_BLH)
+        inner = nn.silu(self.gate_proj(x_BLH)) * up if "gate_proj" in self else self.activation(up)
+        return self.down_proj(inner)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm: x + f(norm(x)) for attention, then for the MLP. Post-norm: norm(x + f(x))."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        norm = NORMS[spec.norm]
+        self.is_pre_norm = spec.norm_position == "pre"
+        self.input_layernorm = norm(spec.hidden_size, spec.norm_eps)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = norm(spec.hidden_size, spec.norm_eps)
         self.mlp = MLP(spec)
+        self.dropout = nn.Dropout(spec.dropout)
 
     def __call__(
-        self, x_BLH: mx.array, angles: mx.array, mask: mx.array | str | None, cache: KVCache | None, layer: int
+        self, x_BLH: mx.array, angles: mx.array | None, mask: mx.array | str | None, cache: KVCache | None, layer: int
     ) -> mx.array:
-        x_BLH = x_BLH + self.self_attn(self.input_layernorm(x_BLH), angles, mask, cache, layer)
-        return x_BLH + self.mlp(self.post_attention_layernorm(x_BLH))
+        if self.is_pre_norm:
+            x_BLH = x_BLH + self.dropout(self.self_attn(self.input_layernorm(x_BLH), angles, mask, cache, layer))
+            return x_BLH + self.dropout(self.mlp(self.post_attention_layernorm(x_BLH)))
+        x_BLH = self.input_layernorm(x_BLH + self.dropout(self.self_attn(x_BLH, angles, mask, cache, layer)))
+        return self.post_attention_layernorm(x_BLH + self.dropout(self.mlp(x_BLH)))
 
 
 class Body(nn.Module):
@@ -74,12 +102,15 @@ class Body(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.positions == "learned":
+            self.embed_positions = nn.Embedding(spec.context_length, spec.hidden_size)
+        self.dropout = nn.Dropout(spec.dropout)
         self.layers = [DecoderLayer(spec) for _ in range(spec.num_layers)]
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps) if spec.norm_position == "pre" else nn.Identity()
 
 
 class Decoder(LanguageModel):
-    """A Llama-shaped language model, trainable from scratch."""
+    """A GPT- or Llama-shaped language model, trainable from scratch."""
 
     def __init__(self, spec: DecoderSpec, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -88,6 +119,7 @@ class Decoder(LanguageModel):
         if not spec.tie_word_embeddings:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self._frequencies = mx.array(spec.rope_frequencies())  # underscore: not a parameter
+        self._slopes = mx.array(spec.alibi_slopes())
 
     @property
     def lm(self) -> "Decoder":
@@ -107,7 +139,9 @@ class Decoder(LanguageModel):
 
     def head(self, h: mx.array) -> mx.array:
         weight = self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        return (h @ weight.astype(h.dtype).T).astype(mx.float32)
+        logits = (h @ weight.astype(h.dtype).T).astype(mx.float32)
+        cap = self.spec.logit_softcap
+        return logits if cap is None else mx.tanh(logits / cap) * cap
 
     def make_cache(self, left_padding: Sequence[int]) -> KVCache:
         """An empty cache for rows with this much padding on the left."""
@@ -124,10 +158,16 @@ class Decoder(LanguageModel):
         """A copy of these rows of a cache."""
         return cache.select(rows)
 
-    def _run(
-        self, x_BLH: mx.array, positions_BL: mx.array, mask: mx.array | str | None, cache: KVCache | None
-    ) -> mx.array:
-        angles = positions_BL[..., None].astype(mx.float32) * self._frequencies
+    def _run(self, x_BLH: mx.array, positions_BL: mx.array, mask: mx.array | str, cache: KVCache | None) -> mx.array:
+        angles, num_new = None, x_BLH.shape[1]
+        match self.spec.positions:
+            case "rope":
+                angles = positions_BL[..., None].astype(mx.float32) * self._frequencies
+            case "learned":
+                x_BLH = x_BLH + self.model.embed_positions(positions_BL).astype(x_BLH.dtype)
+            case "alibi":
+                mask = alibi(mask, self._slopes, num_new, num_new + (cache.length if cache else 0)).astype(x_BLH.dtype)
+        x_BLH = self.model.dropout(x_BLH)
         for i, layer in enumerate(self.model.layers):
             x_BLH = layer(x_BLH, angles, mask, cache, i)
         return self.model.norm(x_BLH)

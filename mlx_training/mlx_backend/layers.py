@@ -3,7 +3,7 @@
 Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N heads, K key/value heads, D head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,27 @@ class RMSNorm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), None, self.eps).astype(x.dtype) * self.weight.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias, statistics in float32 (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = mx.ones(size), mx.zeros(size)
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x.astype(mx.float32), self.weight, self.bias, self.eps).astype(x.dtype)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "gelu_tanh": nn.gelu_approx,
+    "gelu_quick": lambda x: x * mx.sigmoid(1.702 * x),
+    "relu2": lambda x: mx.maximum(x, 0).square(),
+}
+
+
 class Linear(nn.Linear):
     """A Linear whose float32 weights follow the activations' type: float32 master weights under bfloat16."""
 
@@ -39,9 +60,24 @@ def rotate(x_BNLD: mx.array, angles_BLD: mx.array) -> mx.array:
 
 
 def attention(q_BNTD: mx.array, k_BKSD: mx.array, v_BKSD: mx.array, mask: mx.array | str | None) -> mx.array:
-    """Scaled dot-product attention with grouped heads; mask is None, "causal", or boolean (True = may look)."""
+    """Scaled dot-product attention with grouped heads.
+
+    `mask` is None, "causal", boolean (True = may look), or what is added to the scores.
+    """
     scale = q_BNTD.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BNTD, k_BKSD, v_BKSD, scale=scale, mask=mask)
+
+
+def alibi(mask: mx.array | str, slopes_N: mx.array, num_queries: int, num_keys: int) -> mx.array:
+    """What ALiBi adds to the scores, float32 (B or 1, N, T, S): -slope * distance; -inf where `mask` forbids to look.
+
+    `mask` is "causal" or boolean; the last query stands at the last key (Press et al. 2022).
+    """
+    places = mx.arange(num_keys)
+    distance_TS = places[num_keys - num_queries :, None] - places[None]
+    seen = distance_TS >= 0 if isinstance(mask, str) else mask
+    bias_NTS = -slopes_N[:, None, None] * distance_TS
+    return mx.where(seen, bias_NTS, -mx.inf)
 
 
 class KVCache:

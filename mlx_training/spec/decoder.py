@@ -1,10 +1,15 @@
-"""DecoderSpec: a Llama-shaped decoder (RMSNorm, SwiGLU, RoPE, GQA), names as in Hugging Face's LlamaForCausalLM."""
+"""DecoderSpec: a GPT- or Llama-shaped decoder, names as in Hugging Face's LlamaForCausalLM.
 
+The defaults are Llama's: pre-RMSNorm, SwiGLU, RoPE, grouped key/value heads, no biases. GPT's parts stand beside them.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from mlx_training.spec.param import Param, Spec
+from mlx_training.spec.param import Param, Spec, matrix
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderSpec(Spec):
-    """Sizes of a Llama-shaped language model trained from scratch."""
+    """Sizes and parts of a language model trained from scratch."""
 
     vocab_size: int
     hidden_size: int = 128
@@ -27,41 +32,85 @@ class DecoderSpec(Spec):
     num_layers: int = 3
     num_heads: int = 4
     num_kv_heads: int = 4
-    head_dim: int = 32
+    head_dim: int = 32  # below hidden_size / num_heads: bottleneck attention
     context_length: int = 128
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "gelu_quick", "relu2"] = "swiglu"
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    positions: Literal["rope", "learned", "alibi", "none"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
+    qk_norm: bool = False
+    logit_softcap: float | None = None
     tie_word_embeddings: bool = True
+    dropout: float = 0.0
+    init: Literal["normal", "xavier", "kaiming", "uniform"] = "normal"
     init_std: float = 0.02
+    position_init_std: float = 0.02
 
     def params(self) -> dict[str, Param]:
-        """HF Llama's names; matrices N(0, init_std), norms one and not decayed."""
+        """HF Llama's names; matrices by `init`, embeddings N(0, init_std), norms one; norms and biases not decayed."""
         H, F = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-
-        def matrix(*shape: int) -> Param:
-            return Param(shape, "normal", self.init_std)
-
-        norm = Param((H,), "ones", decay=False)
-        table = {"model.embed_tokens.weight": matrix(self.vocab_size, H)}
+        embedding = Param((self.vocab_size, H), "normal", self.init_std)
+        table = {"model.embed_tokens.weight": embedding}
+        if self.positions == "learned":
+            shape = (self.context_length, H)
+            table["model.embed_positions.weight"] = Param(shape, "normal", self.position_init_std)
         for i in range(self.num_layers):
             layer = f"model.layers.{i}"
-            table |= {
-                f"{layer}.input_layernorm.weight": norm,
-                f"{layer}.self_attn.q_proj.weight": matrix(q, H),
-                f"{layer}.self_attn.k_proj.weight": matrix(kv, H),
-                f"{layer}.self_attn.v_proj.weight": matrix(kv, H),
-                f"{layer}.self_attn.o_proj.weight": matrix(H, q),
-                f"{layer}.post_attention_layernorm.weight": norm,
-                f"{layer}.mlp.gate_proj.weight": matrix(F, H),
-                f"{layer}.mlp.up_proj.weight": matrix(F, H),
-                f"{layer}.mlp.down_proj.weight": matrix(H, F),
-            }
-        table["model.norm.weight"] = norm
+            table |= self._norm(f"{layer}.input_layernorm", H)
+            for name, out in (("q", q), ("k", kv), ("v", kv)):
+                table |= self._linear(f"{layer}.self_attn.{name}_proj", out, H, self.attention_bias)
+            table |= self._linear(f"{layer}.self_attn.o_proj", H, q, self.attention_bias)
+            if self.qk_norm:
+                for name in ("q_norm", "k_norm"):
+                    table[f"{layer}.self_attn.{name}.weight"] = Param((self.head_dim,), "ones", decay=False)
+            table |= self._norm(f"{layer}.post_attention_layernorm", H)
+            if self.activation == "swiglu":
+                table |= self._linear(f"{layer}.mlp.gate_proj", F, H, self.mlp_bias)
+            table |= self._linear(f"{layer}.mlp.up_proj", F, H, self.mlp_bias)
+            table |= self._linear(f"{layer}.mlp.down_proj", H, F, self.mlp_bias)
+        if self.norm_position == "pre":
+            table |= self._norm("model.norm", H)
         if not self.tie_word_embeddings:
-            table["lm_head.weight"] = matrix(self.vocab_size, H)
+            table["lm_head.weight"] = embedding
         return table
+
+    def _linear(self, name: str, out_size: int, in_size: int, bias: bool) -> Iterator[tuple[str, Param]]:
+        yield f"{name}.weight", matrix(self.init, self.init_std, out_size, in_size)
+        if bias:
+            yield f"{name}.bias", Param((out_size,), "zeros", decay=False)
+
+    def _norm(self, name: str, size: int) -> Iterator[tuple[str, Param]]:
+        yield f"{name}.weight", Param((size,), "ones", decay=False)
+        if self.norm == "layernorm":
+            yield f"{name}.bias", Param((size,), "zeros", decay=False)
+
+    def zero_gradients(self) -> dict[str, slice]:
+        """Key biases, unless they are rotated or normalised."""
+        if not self.attention_bias or self.positions == "rope" or self.qk_norm:
+            return {}
+        return {f"model.layers.{i}.self_attn.k_proj.bias": slice(None) for i in range(self.num_layers)}
+
+    @property
+    def max_length(self) -> int | None:
+        """Learned positions end there."""
+        return self.context_length if self.positions == "learned" else None
+
+    def alibi_slopes(self) -> np.ndarray:
+        """float32 (num_heads,): how fast each head's attention falls with distance (Press et al. 2022).
+
+        2^(-8 i / n) for n heads, a power of two; for other counts those of the power below, and every second one of
+        the power above.
+        """
+        n = 2 ** int(np.log2(self.num_heads))
+        slopes = 2.0 ** (-8 * np.arange(1, n + 1) / n)
+        between = 2.0 ** (-4 * np.arange(1, 2 * n + 1, 2) / n)
+        return np.concatenate([slopes, between])[: self.num_heads].astype(np.float32)
 
     def rope_frequencies(self) -> np.ndarray:
         """Angles per position, float32 (head_dim / 2,); both backends take these so that they agree to the bit.
@@ -80,6 +129,14 @@ class DecoderSpec(Spec):
             frequencies = keep * frequencies + (1 - keep) * frequencies / s.factor
         return frequencies.astype(np.float32)
 
+    def not_llama(self) -> list[str]:
+        """The parts that Hugging Face's Llama does not have, as `key: value`."""
+        llama = {"norm": "rmsnorm", "norm_position": "pre", "activation": "swiglu", "positions": "rope"}
+        others: dict[str, Any] = {"qk_norm": False, "logit_softcap": None}
+        return [
+            f"{key}: {getattr(self, key)}" for key, value in (llama | others).items() if getattr(self, key) != value
+        ]
+
     def hf_config(self, *, bos_token_id: int | None, eos_token_id: int) -> dict:
         """`config.json` of the exported model: Hugging Face Llama, with the keys mlx-lm reads."""
         config = {
@@ -93,12 +150,12 @@ class DecoderSpec(Spec):
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.context_length,
-            "rms_norm_eps": self.rms_norm_eps,
+            "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
             "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "bos_token_id": bos_token_id,
             "eos_token_id": eos_token_id,
             "torch_dtype": "float32",

@@ -51,6 +51,11 @@ class Spec(ABC):
         return {}
 
     @property
+    def max_length(self) -> int | None:
+        """Most tokens a text may have; None: any number."""
+        return None
+
+    @property
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(p.size for p in self.params().values())
@@ -59,6 +64,19 @@ class Spec(ABC):
     def groups(self) -> tuple[str, ...]:
         """Learning-rate groups in order of first appearance."""
         return tuple(dict.fromkeys(p.group for p in self.params().values()))
+
+
+def matrix(init: str, std: float, out_size: int, in_size: int) -> Param:
+    """Weight of a Linear: "normal" N(0, std), "uniform" within std, "xavier" (Glorot & Bengio 2010, uniform within
+    sqrt(6 / (in + out))) or "kaiming" (He et al. 2015, N(0, 2 / in)).
+    """
+    rules: dict[str, tuple[Init, float]] = {
+        "normal": ("normal", std),
+        "uniform": ("uniform", std),
+        "xavier": ("uniform", (6 / (in_size + out_size)) ** 0.5),
+        "kaiming": ("normal", (2 / in_size) ** 0.5),
+    }
+    return Param((out_size, in_size), *rules[init])
 
 
 def linear(name: str, out_size: int, in_size: int, *, group: str) -> Iterator[tuple[str, Param]]:

@@ -26,10 +26,11 @@ BASES: dict[str, tuple[str, ...]] = {
     "ecg": ("dataset={path: ecg.jsonl, format: ecg_qa_cot}", "dataset.options.records=records"),
     "decoder": (),
     "rope": ("model.decoder.rope_scaling={original_context_length: 16}",),
+    "learned": ("model.decoder.positions=learned",),
     "text": ("dataset={path: text.jsonl, format: text}", *NO_LIMITS),
     "text file": ("dataset={path: text.txt, format: text}", *NO_LIMITS),
 }
-DECODERS = ("decoder", "rope", "text", "text file")
+DECODERS = ("decoder", "rope", "learned", "text", "text file")
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -73,7 +74,20 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.decoder.rope_scaling.high_freq_factor", "rope", "model.decoder.rope_scaling.high_freq_factor=9", "losses"),
     ("model.decoder.rope_scaling.original_context_length", "rope",
      "model.decoder.rope_scaling.original_context_length=64", "losses"),
-    ("model.decoder.rms_norm_eps", "decoder", "model.decoder.rms_norm_eps=0.1", "losses"),
+    ("model.decoder.norm_eps", "decoder", "model.decoder.norm_eps=0.1", "losses"),
+    ("model.preset", "decoder", "model.preset=mingpt", "shapes"),
+    ("model.decoder.intermediate_dim", "decoder", "model.decoder.intermediate_dim=8", "shapes"),
+    ("model.decoder.norm", "decoder", "model.decoder.norm=layernorm", "shapes"),
+    ("model.decoder.norm_position", "decoder", "model.decoder.norm_position=post", "shapes"),
+    ("model.decoder.activation", "decoder", "model.decoder.activation=gelu", "shapes"),
+    ("model.decoder.mlp_bias", "decoder", "model.decoder.mlp_bias=true", "shapes"),
+    ("model.decoder.attention_bias", "decoder", "model.decoder.attention_bias=true", "shapes"),
+    ("model.decoder.positions", "decoder", "model.decoder.positions=alibi", "losses"),
+    ("model.decoder.position_init_std", "learned", "model.decoder.position_init_std=0", "losses"),
+    ("model.decoder.qk_norm", "decoder", "model.decoder.qk_norm=true", "shapes"),
+    ("model.decoder.logit_softcap", "decoder", "model.decoder.logit_softcap=0.1", "losses"),
+    ("model.decoder.dropout", "decoder", "model.decoder.dropout=0.5", "losses"),
+    ("model.decoder.init", "decoder", "model.decoder.init=uniform", "losses"),
     ("model.decoder.tie_word_embeddings", "decoder", "model.decoder.tie_word_embeddings=false", "shapes"),
     ("model.decoder.init_std", "decoder", "model.decoder.init_std=0.1", "losses"),
     ("model.tokenizer", "decoder", "model.tokenizer=other-llm", "data"),

@@ -16,6 +16,13 @@ from mlx_training.spec import DecoderSpec, EncoderSpec, FrozenLM, ProjectorSpec,
 
 VOCAB = 96
 ENCODER = EncoderSpec(patch_size=4, hidden_size=16, num_layers=2, num_heads=2, ffn_size=24, max_patches=12)
+GPT: dict[str, Any] = {
+    "norm": "layernorm",
+    "activation": "gelu",
+    "positions": "learned",
+    "attention_bias": True,
+    "mlp_bias": True,
+}
 OPTIM = Optim(weight_decay=0.01, grad_clip_norm=1.0)
 
 
@@ -26,6 +33,7 @@ def specs(directory: Path) -> dict[str, Spec]:
     scaled = EncoderSpec(**(vars(ENCODER) | {"numeric_scale": True, "max_series": 2}))
     ours = TimeSeriesSpec(llm, scaled, ProjectorSpec(norm_output=True), train_lm_head=True)
     small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "head_dim": 8}
+    bottleneck = small | {"head_dim": 4}
     rope = RopeScaling(8.0, 1.0, 4.0, original_context_length=16)
     return {
         "timeseries-published": published,
@@ -34,7 +42,14 @@ def specs(directory: Path) -> dict[str, Spec]:
             FrozenLM(directory, 64, VOCAB, weights="resident"), scaled, ProjectorSpec(norm_output=True)
         ),
         "decoder-gqa-rope-scaling": DecoderSpec(VOCAB, num_kv_heads=2, rope_scaling=rope, init_std=0.06, **small),
-        "decoder-untied": DecoderSpec(VOCAB, tie_word_embeddings=False, rms_norm_eps=1e-3, **small),
+        "decoder-untied": DecoderSpec(VOCAB, tie_word_embeddings=False, norm_eps=1e-3, **small),
+        "decoder-gpt": DecoderSpec(VOCAB, context_length=24, init_std=0.06, position_init_std=0.1, **GPT, **bottleneck),
+        "decoder-post-norm-alibi": DecoderSpec(
+            VOCAB, norm_position="post", activation="relu2", positions="alibi", qk_norm=True, num_kv_heads=2, **small
+        ),
+        "decoder-no-positions": DecoderSpec(
+            VOCAB, activation="gelu_quick", positions="none", logit_softcap=2.0, mlp_bias=True, init="xavier", **small
+        ),
     }
 
 
@@ -44,6 +59,9 @@ CASES = (
     "timeseries-resident",
     "decoder-gqa-rope-scaling",
     "decoder-untied",
+    "decoder-gpt",
+    "decoder-post-norm-alibi",
+    "decoder-no-positions",
 )
 
 

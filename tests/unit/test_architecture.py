@@ -13,7 +13,18 @@ MLX, TORCH = REPOSITORY / "mlx_training" / "mlx_backend", REPOSITORY / "torch_ba
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 # Imports run one way: a module may import from its own room and from the rooms before it.
-CONFIGURATION = {"yaml_loader", "configs", "config_model", "config_schema", "config_checks", "config_errors", "config"}
+CONFIGURATION = {
+    *(
+        "yaml_loader",
+        "configs",
+        "config_section",
+        "config_timeseries",
+        "config_language",
+        "config_model",
+        "config_schema",
+    ),
+    *("config_presets", "config_checks", "config_errors", "config"),
+}
 ROOMS = (
     {"errors"},
     {"spec", "blas", "environment", "llm_config", "torch_archive"} | CONFIGURATION,

@@ -165,7 +165,7 @@ def test_single_mistakes(minimal, overrides, message):
         (["model.decoder.head_dim=7"], "a head is 7 wide; rotary positions need an even number"),
         (["evaluation.metrics=[loss, accuracy]"], "a decoder has no answers to score"),
         (["training.learning_rate={encoder: 1}"], "the groups that train are model"),
-        (["model.llm_id=x"], "model.llm_id: unknown key; allowed here: family, decoder, tokenizer"),
+        (["model.llm_id=x"], "model.llm_id: unknown key; allowed here: tokenizer, family, preset, decoder"),
         (["model.tokenizer.train=3"], "model.tokenizer.train: given 3; allowed: a whole number >= 259"),
         (["model.tokenizer=3"], "given 3; allowed: text or a mapping of train"),
         (["dataset.stats_in_text=false"], "dataset.stats_in_text: model.family: decoder does not read it"),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_training.assemble import decoder_spec, timeseries_spec
+from mlx_training.assemble import timeseries_spec
 from mlx_training.config import load_config
-from mlx_training.config_model import DecoderConfig
+from mlx_training.config_model import LanguageConfig
 from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -21,7 +21,7 @@ def spec_of(case: str) -> Spec:
     if case == "opentslm_sp_llama_3_2_1b":
         return TimeSeriesSpec(FrozenLM(Path(), 2048, 128256), EncoderSpec(), ProjectorSpec())
     model = load_config(case.replace("timeseries_", "timeseries/")).model
-    return decoder_spec(model, 768) if isinstance(model, DecoderConfig) else timeseries_spec(model)
+    return model.spec(768) if isinstance(model, LanguageConfig) else timeseries_spec(model)
 
 
 def table(spec: Spec) -> str:

@@ -71,7 +71,7 @@ def test_preset_is_llama_3_2_1b() -> None:
             scaling["high_freq_factor"],
             scaling["original_max_position_embeddings"],
         ),
-        rms_norm_eps=shape["rms_norm_eps"],
+        norm_eps=shape["rms_norm_eps"],
         tie_word_embeddings=True,
     )
     assert spec.num_parameters == 1_235_814_400  # what the model card calls 1.23B

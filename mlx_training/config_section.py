@@ -1,0 +1,29 @@
+"""What every section of a configuration is made of: strict mappings of known keys, and the types of their values."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+
+def either(mapping: str, otherwise: str) -> Discriminator:
+    """Choose a union's branch by whether a mapping stands there, so that an error speaks of one branch only."""
+    return Discriminator(lambda value: mapping if isinstance(value, dict | BaseModel) else otherwise)
+
+
+class Section(BaseModel):
+    """A mapping of known keys; it cannot be changed after it is read."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
