@@ -1,7 +1,7 @@
 """What one key says about another: defaults that depend on other keys, and keys that contradict each other."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlx_training.config_language import DecoderShape
 from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, TimeSeriesConfig
 from mlx_training.config_presets import PRESETS
+from mlx_training.spec import FixedPattern
 
 if TYPE_CHECKING:
     from mlx_training.config_schema import RunConfig
@@ -128,10 +129,29 @@ def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
     if head_dim % 2 and shape.positions == "rope":
         keys = (f"{at}head_dim", f"{at}intermediate_dim", f"{at}hidden_size")
         yield Conflict(keys, f"a head is {head_dim} wide; rotary positions need an even number")
-    for key, reader in {"rope_theta": "rope", "rope_scaling": "rope", "position_init_std": "learned"}.items():
-        if shape.positions != reader and getattr(shape, key) != DecoderShape.model_fields[key].default:
-            message = f"positions: {shape.positions} does not read it; remove it or give positions: {reader}"
-            yield Conflict((at + key, f"{at}positions"), message)
+    readers = {"rope_theta": "rope", "rope_scaling": "rope", "position_init_std": "learned"}
+    yield from _unread(shape, readers, "positions", (shape.positions,))
+    yield from _unread(shape, {"window": "local", "stride": "strided", "fixed": "fixed"}, "mixers", shape.mixers)
+    if shape.positions == "alibi" and set(shape.mixers) != {"causal"}:
+        message = f"given {', '.join(shape.mixers)}; ALiBi goes with causal only: give [causal], or other positions"
+        yield Conflict((f"{at}mixers", f"{at}positions"), message)
+    if "fixed" in shape.mixers:
+        for key, message in FixedPattern(**shape.fixed.model_dump()).broken_rules(shape.num_heads):
+            yield Conflict((f"{at}fixed.{key}", f"{at}fixed", f"{at}mixers"), message)
+    if (experts := shape.experts) is not None:
+        if experts.num_active > experts.num_experts:
+            message = f"given {experts.num_active}; there are only {experts.num_experts} experts"
+            yield Conflict((f"{at}experts.num_active", f"{at}experts.num_experts"), message)
+        if shape.mlp_bias:
+            yield Conflict((f"{at}mlp_bias", f"{at}experts"), "given true; experts have no biases: give false")
+
+
+def _unread(shape: DecoderShape, readers: dict[str, str], by: str, given: Sequence[str]) -> Iterator[Conflict]:
+    """Keys that only another value of the key `by` would read."""
+    for key, reader in readers.items():
+        if reader not in given and getattr(shape, key) != DecoderShape.model_fields[key].default:
+            message = f"{by}: {', '.join(given)} does not read it; remove it, or give {by}: {reader}"
+            yield Conflict((f"model.decoder.{key}", f"model.decoder.{by}"), message)
 
 
 def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]:

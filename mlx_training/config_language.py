@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from mlx_training.config_section import Count, Dropout, Positive, Rate, Section, Text, either
-from mlx_training.spec import DecoderSpec, RopeScaling, Spec
+from mlx_training.config_section import Count, Dropout, Positive, Rate, Section, Text, as_tuple, either
+from mlx_training.spec import DecoderSpec, ExpertsSpec, FixedPattern, RopeScaling, Spec
+from mlx_training.spec.mixers import Mixer
 
 
 class TrainTokenizer(Section):
@@ -53,6 +54,30 @@ class RopeScalingConfig(Section):
     """Tokens the model was pretrained on before its context was extended."""
 
 
+class FixedConfig(Section):
+    """`fixed` sparse attention: a query sees its segment and the summary blocks of earlier ones."""
+
+    block_size: Count = 16
+    """Tokens a block."""
+    local_context: Count = 64
+    """Tokens a segment, a multiple of block_size."""
+    num_verts: Count = 1
+    """Choices of summary blocks that heads take turns with; it divides num_heads."""
+    vert_size: Count = 1
+    """Summary blocks a segment; it divides the blocks of a segment."""
+
+
+class ExpertsConfig(Section):
+    """A mixture of experts in every layer."""
+
+    num_experts: Annotated[int, Field(ge=2)] = 8
+    """Feed-forward layers to choose from, each of intermediate_size."""
+    num_active: Count = 2
+    """Experts a token goes to."""
+    balance: Rate = 0.01
+    """Weight of the balancing loss in training."""
+
+
 class DecoderShape(Section):
     hidden_size: Count = 128
     """Width of the model."""
@@ -90,6 +115,18 @@ class DecoderShape(Section):
     """Llama 3's frequency scaling; null: none."""
     qk_norm: bool = False
     """RMSNorm of every query and key head, before positions."""
+    mixers: Annotated[tuple[Mixer, ...], as_tuple, Field(min_length=1)] = ("causal",)
+    """What each layer's attention sees, repeated over the layers: causal (all of the past), local, strided, fixed."""
+    window: Count = 256
+    """local: the last so many tokens, itself included."""
+    stride: Annotated[int, Field(ge=2)] = 16
+    """strided: every so-manieth token of the past, itself included."""
+    fixed: FixedConfig = FixedConfig()
+    """fixed: sizes of the pattern (Child et al. 2019)."""
+    num_sinks: Annotated[int, Field(ge=0)] = 0
+    """Learned keys and values of each layer that every query sees, at the same distance from everywhere."""
+    experts: ExpertsConfig | None = None
+    """A mixture of experts in the place of the feed-forward layers; null: none."""
     logit_softcap: Positive | None = None
     """Logits become c tanh(logits / c); null: as they are."""
     tie_word_embeddings: bool = True
@@ -120,9 +157,11 @@ class DecoderConfig(LanguageConfig):
         return self.decoder.context_length
 
     def spec(self, vocab_size: int) -> DecoderSpec:
-        shape = self.decoder.model_dump(exclude={"rope_scaling", "intermediate_dim"})
+        shape = self.decoder.model_dump(exclude={"intermediate_dim"})
         shape["num_kv_heads"] = shape["num_kv_heads"] or shape["num_heads"]
         width = self.decoder.intermediate_dim or shape["hidden_size"]
         shape["head_dim"] = shape["head_dim"] or width // shape["num_heads"]
-        scaling = self.decoder.rope_scaling
-        return DecoderSpec(vocab_size, rope_scaling=RopeScaling(**scaling.model_dump()) if scaling else None, **shape)
+        shape["fixed"] = FixedPattern(**shape["fixed"])
+        for key, part in {"rope_scaling": RopeScaling, "experts": ExpertsSpec}.items():
+            shape[key] = part(**shape[key]) if shape[key] else None
+        return DecoderSpec(vocab_size, **shape)

@@ -24,7 +24,7 @@ from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.init import initialise
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
-from mlx_training.objectives.lm import lm
+from mlx_training.objectives.balanced import training_objective
 from mlx_training.opentslm import load_initial
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
@@ -74,7 +74,8 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
         return result
 
     model = backend.build(assembly.spec)
-    step = backend.make_step(model, lm, optim(config), seed=config.experiment.seed)
+    objective = training_objective(assembly.spec)
+    step = backend.make_step(model, objective, optim(config), seed=config.experiment.seed)
     if checkpoint:
         backend.load(model, checkpoint.model)
         step.load(checkpoint.optimizer)
@@ -96,7 +97,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
     evaluator = Evaluator(config, backend, model, assembly.data)
-    guard = Guard(assembly, backend, model, lm, run=run, step=first, skipped=progress.skipped)
+    guard = Guard(assembly, backend, model, objective, run=run, step=first, skipped=progress.skipped)
     cadence = Cadence(config, total_steps, batches.num_batches)
     accumulation = config.training.grad_accumulation_steps
     number, timer = first, StepTimer()

@@ -1,9 +1,10 @@
 """Decoder: the PyTorch realisation of DecoderSpec, module names as in Hugging Face's LlamaForCausalLM.
 
-Shape suffixes: B rows, L tokens, T new tokens, S keys, H hidden, N heads, K key/value heads, D head_dim.
+Shape suffixes: B rows, L tokens, T new tokens, S keys, H hidden, N heads, K key/value heads, D head_dim, J sinks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +12,33 @@ from torch import Tensor, nn
 
 from mlx_training.data.batch import Batch
 from mlx_training.spec import DecoderSpec
-from torch_backend.layers import (
-    ACTIVATIONS,
-    NORMS,
-    KVCache,
-    LanguageModel,
-    Linear,
-    RMSNorm,
-    alibi,
-    attention,
-    rotate,
-)
+from mlx_training.spec.mixers import visible
+from torch_backend.experts import Experts
+from torch_backend.layers import ACTIVATIONS, NORMS, KVCache, LanguageModel, Linear, RMSNorm, alibi, rotate
+from torch_backend.mixers import attend, mix
+
+
+@dataclass
+class Places:
+    """Where the tokens of one forward pass stand, and what they may look at."""
+
+    angles_BLD: Tensor | None = None  # of rotary positions
+    mask: Tensor | None = None  # in the place of the mixers: boolean, or ALiBi to be added
+    segments_BL: Tensor | None = None
+    real_BL: Tensor | None = None  # False in the padding
+    cache: KVCache | None = None
+    masks: dict[str, Tensor] | None = None  # of each mixer, where there is a cache
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads; rotary positions where `angles` are given."""
+    """Causal self-attention with grouped key/value heads, whose mixer says how far it looks.
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    Sinks are learned keys and values that every query sees at the same distance: no position turns them.
+    """
+
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
-        self.head_dim = spec.head_dim
+        self.spec, self.layer, self.mixer, self.head_dim = spec, layer, spec.mixer(layer), spec.head_dim
         query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = Linear(spec.hidden_size, query, bias=spec.attention_bias)
         self.k_proj = Linear(spec.hidden_size, key, bias=spec.attention_bias)
@@ -37,21 +46,34 @@ class Attention(nn.Module):
         self.o_proj = Linear(query, spec.hidden_size, bias=spec.attention_bias)
         if spec.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(spec.head_dim, spec.norm_eps) for _ in range(2))
+        if spec.num_sinks:
+            self.sink_k = nn.Parameter(torch.zeros(spec.num_kv_heads, spec.num_sinks, spec.head_dim))
+            self.sink_v = nn.Parameter(torch.zeros(spec.num_kv_heads, spec.num_sinks, spec.head_dim))
 
-    def forward(
-        self, x_BLH: Tensor, angles: Tensor | None, mask: Tensor | str | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x_BLH: Tensor, places: Places) -> Tensor:
         B, L, _ = x_BLH.shape
         q_BNLD = self.q_proj(x_BLH).view(B, L, -1, self.head_dim).transpose(1, 2)
         k_BKLD = self.k_proj(x_BLH).view(B, L, -1, self.head_dim).transpose(1, 2)
         v_BKLD = self.v_proj(x_BLH).view(B, L, -1, self.head_dim).transpose(1, 2)
-        if hasattr(self, "q_norm"):
+        if self.spec.qk_norm:
             q_BNLD, k_BKLD = self.q_norm(q_BNLD), self.k_norm(k_BKLD)
-        if angles is not None:
-            q_BNLD, k_BKLD = rotate(q_BNLD, angles), rotate(k_BKLD, angles)
-        if cache is not None:
-            k_BKLD, v_BKLD = cache.append(layer, k_BKLD, v_BKLD)
-        out = attention(q_BNLD, k_BKLD, v_BKLD, mask)
+        plain_BNLD = q_BNLD
+        if places.angles_BLD is not None:
+            q_BNLD, k_BKLD = rotate(q_BNLD, places.angles_BLD), rotate(k_BKLD, places.angles_BLD)
+        if places.cache is not None:
+            k_BKLD, v_BKLD = places.cache.append(self.layer, k_BKLD, v_BKLD)
+        sinks = (self.sink_k, self.sink_v) if self.spec.num_sinks else None
+        if sinks and places.angles_BLD is not None:  # the unrotated query beside the rotated one, for the sinks alone
+            q_BNLD = torch.cat([q_BNLD, plain_BNLD], dim=-1)
+            k_BKLD = torch.cat([k_BKLD, torch.zeros_like(k_BKLD)], dim=-1)
+            sinks = (torch.cat([torch.zeros_like(sinks[0]), sinks[0]], dim=-1), sinks[1])
+        scale = self.head_dim**-0.5
+        if places.mask is not None:
+            out = attend(q_BNLD, k_BKLD, v_BKLD, places.mask, scale, sinks)
+        elif places.masks is not None:
+            out = attend(q_BNLD, k_BKLD, v_BKLD, places.masks[self.mixer], scale, sinks)
+        else:
+            out = mix(self.mixer, self.spec, q_BNLD, k_BKLD, v_BKLD, places.segments_BL, scale, sinks)
         return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
 
 
@@ -60,13 +82,13 @@ class MLP(nn.Module):
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        H, F_ = spec.hidden_size, spec.intermediate_size
+        H, width = spec.hidden_size, spec.intermediate_size
         if spec.activation == "swiglu":
-            self.gate_proj = Linear(H, F_, bias=spec.mlp_bias)
+            self.gate_proj = Linear(H, width, bias=spec.mlp_bias)
         else:
             self.activation = ACTIVATIONS[spec.activation]
-        self.up_proj = Linear(H, F_, bias=spec.mlp_bias)
-        self.down_proj = Linear(F_, H, bias=spec.mlp_bias)
+        self.up_proj = Linear(H, width, bias=spec.mlp_bias)
+        self.down_proj = Linear(width, H, bias=spec.mlp_bias)
 
     def forward(self, x_BLH: Tensor) -> Tensor:
         up = self.up_proj(x_BLH)
@@ -77,24 +99,25 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm: x + f(norm(x)) for attention, then for the MLP. Post-norm: norm(x + f(x))."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         norm = NORMS[spec.norm]
         self.is_pre_norm = spec.norm_position == "pre"
         self.input_layernorm = norm(spec.hidden_size, spec.norm_eps)
-        self.self_attn = Attention(spec)
+        self.self_attn = Attention(spec, layer)
         self.post_attention_layernorm = norm(spec.hidden_size, spec.norm_eps)
-        self.mlp = MLP(spec)
+        self.mlp = Experts(spec) if spec.experts else MLP(spec)
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(
-        self, x_BLH: Tensor, angles: Tensor | None, mask: Tensor | str | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x_BLH: Tensor, places: Places) -> Tensor:
         if self.is_pre_norm:
-            x_BLH = x_BLH + self.dropout(self.self_attn(self.input_layernorm(x_BLH), angles, mask, cache, layer))
-            return x_BLH + self.dropout(self.mlp(self.post_attention_layernorm(x_BLH)))
-        x_BLH = self.input_layernorm(x_BLH + self.dropout(self.self_attn(x_BLH, angles, mask, cache, layer)))
-        return self.post_attention_layernorm(x_BLH + self.dropout(self.mlp(x_BLH)))
+            x_BLH = x_BLH + self.dropout(self.self_attn(self.input_layernorm(x_BLH), places))
+            return x_BLH + self.dropout(self._mlp(self.post_attention_layernorm(x_BLH), places))
+        x_BLH = self.input_layernorm(x_BLH + self.dropout(self.self_attn(x_BLH, places)))
+        return self.post_attention_layernorm(x_BLH + self.dropout(self._mlp(x_BLH, places)))
+
+    def _mlp(self, x_BLH: Tensor, places: Places) -> Tensor:
+        return self.mlp(x_BLH, places.real_BL) if isinstance(self.mlp, Experts) else self.mlp(x_BLH)
 
 
 class Body(nn.Module):
@@ -106,7 +129,7 @@ class Body(nn.Module):
         if spec.positions == "learned":
             self.embed_positions = nn.Embedding(spec.context_length, spec.hidden_size)
         self.dropout = nn.Dropout(spec.dropout)
-        self.layers = nn.ModuleList([DecoderLayer(spec) for _ in range(spec.num_layers)])
+        self.layers = nn.ModuleList([DecoderLayer(spec, i) for i in range(spec.num_layers)])
         self.norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps) if spec.norm_position == "pre" else nn.Identity()
 
 
@@ -121,6 +144,7 @@ class Decoder(LanguageModel):
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.register_buffer("frequencies", torch.from_numpy(spec.rope_frequencies()), persistent=False)
         self.register_buffer("slopes", torch.from_numpy(spec.alibi_slopes()), persistent=False)
+        self.register_buffer("summaries", torch.from_numpy(spec.fixed.summaries(spec.num_heads)), persistent=False)
 
     @property
     def lm(self) -> "Decoder":
@@ -134,15 +158,30 @@ class Decoder(LanguageModel):
         """Token embeddings (B, L, H) in the compute type."""
         return self.model.embed_tokens(tokens_BL).to(self.dtype)
 
-    def hidden(self, x_BLH: Tensor) -> Tensor:
-        positions = torch.arange(x_BLH.shape[1], device=x_BLH.device)[None]
-        return self._run(x_BLH, positions, "causal", None)
+    def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
+        place_L = torch.arange(x_BLH.shape[1], device=x_BLH.device)
+        positions_BL, places = place_L[None], Places()
+        if batch is not None and batch.segments is not None:
+            places.segments_BL = batch.segments
+            positions_BL = place_L[None] - _starts(batch.segments)
+        if batch is not None and self.spec.experts:
+            places.real_BL = place_L[None] < batch.lengths[:, None]
+        if self.spec.positions == "alibi":
+            seen = "causal" if places.segments_BL is None else _same_document(places.segments_BL)
+            places.mask = alibi(seen, self.slopes, len(place_L), len(place_L))
+        return self._run(x_BLH, positions_BL, places)
 
     def head(self, h: Tensor) -> Tensor:
         weight = self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
         logits = F.linear(h, weight.to(h.dtype)).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def aux_loss(self) -> Tensor | float:
+        """The experts' balancing loss of the last forward pass, mean over layers, times its weight."""
+        assert self.spec.experts is not None
+        balances = [layer.mlp.balance for layer in self.model.layers]
+        return self.spec.experts.balance * sum(balances) / len(balances)
 
     def make_cache(self, left_padding: Sequence[int]) -> KVCache:
         """An empty cache for rows with this much padding on the left."""
@@ -151,24 +190,43 @@ class Decoder(LanguageModel):
     def extend(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, T, H) of new tokens after those in the cache, which grows."""
         num_new, device = x_BTH.shape[1], x_BTH.device
-        h = self._run(x_BTH, cache.positions(num_new).to(device), cache.mask(num_new).to(device), cache)
+        positions_BT, mask = cache.positions(num_new).to(device), cache.mask(num_new).to(device)
+        places = Places(cache=cache)
+        if self.spec.positions == "alibi":
+            places.mask = alibi(mask, self.slopes, num_new, mask.shape[-1])
+        else:
+            q, k = positions_BT[:, None, :, None], cache.positions(num_new, of_keys=True).to(device)[:, None, None]
+            spec = self.spec
+            patterns = {"window": spec.window, "stride": spec.stride, "fixed": spec.fixed, "summaries": self.summaries}
+            places.masks = {mixer: mask & visible(mixer, q, k, **patterns) for mixer in set(spec.mixers)}
+        h_BTH = self._run(x_BTH, positions_BT, places)
         cache.length += num_new
-        return h
+        return h_BTH
 
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
         return cache.select(rows)
 
-    def _run(self, x_BLH: Tensor, positions_BL: Tensor, mask: Tensor | str, cache: KVCache | None) -> Tensor:
-        angles, num_new = None, x_BLH.shape[1]
-        match self.spec.positions:
-            case "rope":
-                angles = positions_BL[..., None].float() * self.frequencies
-            case "learned":
-                x_BLH = x_BLH + self.model.embed_positions(positions_BL).to(x_BLH.dtype)
-            case "alibi":
-                mask = alibi(mask, self.slopes, num_new, num_new + (cache.length if cache else 0)).to(x_BLH.dtype)
+    def _run(self, x_BLH: Tensor, positions_BL: Tensor, places: Places) -> Tensor:
+        if self.spec.positions == "rope":
+            places.angles_BLD = positions_BL[..., None].float() * self.frequencies
+        elif self.spec.positions == "learned":
+            x_BLH = x_BLH + self.model.embed_positions(positions_BL).to(x_BLH.dtype)
         x_BLH = self.model.dropout(x_BLH)
-        for i, layer in enumerate(self.model.layers):
-            x_BLH = layer(x_BLH, angles, mask, cache, i)
+        for layer in self.model.layers:
+            x_BLH = layer(x_BLH, places)
         return self.model.norm(x_BLH)
+
+
+def _starts(segments_BL: Tensor) -> Tensor:
+    """Where the document of every place begins (B, L)."""
+    starts = F.pad(segments_BL[:, 1:] != segments_BL[:, :-1], (1, 0))
+    places = torch.arange(segments_BL.shape[1], device=segments_BL.device)[None]
+    return torch.where(starts, places, 0).cummax(1).values
+
+
+def _same_document(segments_BL: Tensor) -> Tensor:
+    """Who may look where, boolean (B, 1, L, L): the past of the same document."""
+    same = segments_BL[:, None, :, None] == segments_BL[:, None, None]
+    place_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
+    return same & (place_L <= place_L[:, None])

@@ -60,10 +60,12 @@ def rotate(x_BNLD: Tensor, angles_BLD: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BNLD.dtype)
 
 
-def attention(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str | None) -> Tensor:
+def attention(
+    q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str | None, scale: float | None = None
+) -> Tensor:
     """Scaled dot-product attention with grouped heads.
 
-    `mask` is None, "causal", boolean (True = may look), or what is added to the scores.
+    `mask` is None, "causal", boolean (True = may look), or what is added to the scores; `scale` is 1 / sqrt(D) if None.
     """
     causal = isinstance(mask, str)
     return F.scaled_dot_product_attention(
@@ -72,6 +74,7 @@ def attention(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str
         v_BKSD,
         attn_mask=None if causal else mask,
         is_causal=causal,
+        scale=scale,
         enable_gqa=q_BNTD.shape[1] != k_BKSD.shape[1],
     )
 
@@ -105,9 +108,9 @@ class KVCache:
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
-    def positions(self, num_new: int) -> Tensor:
-        """Each row's own positions of the next `num_new` tokens (B, T); padding counts as position 0."""
-        places = torch.arange(self.length, self.length + num_new)
+    def positions(self, num_new: int, *, of_keys: bool = False) -> Tensor:
+        """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding."""
+        places = torch.arange(0 if of_keys else self.length, self.length + num_new)
         return (places[None] - self.left_padding[:, None]).clamp(min=0)
 
     def mask(self, num_new: int) -> Tensor:
@@ -136,8 +139,11 @@ class LanguageModel(nn.Module):
         """Input embeddings (B, L, H)."""
         raise AssertionError("a family defines this")
 
-    def hidden(self, x_BLH: Tensor) -> Tensor:
-        """Final hidden states (B, L, H); rows are padded at the end only, so a causal model needs no mask."""
+    def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
+        """Final hidden states (B, L, H); rows are padded at the end only, so a causal model needs no mask.
+
+        Of the batch a family may read documents and lengths.
+        """
         raise AssertionError("a family defines this")
 
     def head(self, h: Tensor) -> Tensor:
@@ -146,13 +152,17 @@ class LanguageModel(nn.Module):
 
     def logprobs(self, batch: Batch) -> Tensor:
         """log p(target), float32 (B, K). Only label places meet the head: logits are (B, K, V), never (B, L, V)."""
-        h = self.hidden(self.inputs(batch))
+        h = self.hidden(self.inputs(batch), batch)
         if batch.positions is not None:
             h = h.gather(1, batch.positions[..., None].expand(-1, -1, h.shape[-1]))
         logits_BKV = self.head(h)
         targets = batch.targets[..., None]
         return logits_BKV.gather(-1, targets)[..., 0] - logits_BKV.logsumexp(-1)
 
+    def aux_loss(self) -> Tensor | float:
+        """What the last forward pass adds to the loss of a token, as balancing experts does."""
+        return 0.0
+
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every place, float32 (B, L, V)."""
-        return self.head(self.hidden(self.inputs(batch)))
+        return self.head(self.hidden(self.inputs(batch), batch))

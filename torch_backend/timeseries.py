@@ -139,7 +139,7 @@ class TimeSeriesLM(LanguageModel):
         placed_BLH = F.embedding(batch.patch_index, table).to(x_BLH.dtype)
         return torch.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
 
-    def hidden(self, x_BLH: Tensor) -> Tensor:
+    def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
         return self.lm.hidden(x_BLH)
 
     def head(self, h: Tensor) -> Tensor:

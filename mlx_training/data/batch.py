@@ -28,6 +28,7 @@ class Batch:
     num_patches: Array = None  # int32 (S,): real patches of each series, at least 1
     series_place: Array = None  # int32 (S,): 0 for the first series of its row, 1 for the second, ...
     patch_index: Array = None  # int32 (B, L): 0 = text, else 1 + s * P + p
+    segments: Array = None  # int32 (B, L): number of the document within its row; documents do not see each other
     rows: tuple[int, ...] = ()  # index of each row in its dataset, for reports
 
     def arrays(self) -> dict[str, Array]:

@@ -59,12 +59,14 @@ def rotate(x_BNLD: mx.array, angles_BLD: mx.array) -> mx.array:
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNLD.dtype)
 
 
-def attention(q_BNTD: mx.array, k_BKSD: mx.array, v_BKSD: mx.array, mask: mx.array | str | None) -> mx.array:
+def attention(
+    q_BNTD: mx.array, k_BKSD: mx.array, v_BKSD: mx.array, mask: mx.array | str | None, scale: float | None = None
+) -> mx.array:
     """Scaled dot-product attention with grouped heads.
 
-    `mask` is None, "causal", boolean (True = may look), or what is added to the scores.
+    `mask` is None, "causal", boolean (True = may look), or what is added to the scores; `scale` is 1 / sqrt(D) if None.
     """
-    scale = q_BNTD.shape[-1] ** -0.5
+    scale = scale or q_BNTD.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BNTD, k_BKSD, v_BKSD, scale=scale, mask=mask)
 
 
@@ -97,9 +99,9 @@ class KVCache:
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
-    def positions(self, num_new: int) -> mx.array:
-        """Each row's own positions of the next `num_new` tokens (B, T); padding counts as position 0."""
-        places = mx.arange(self.length, self.length + num_new)
+    def positions(self, num_new: int, *, of_keys: bool = False) -> mx.array:
+        """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding."""
+        places = mx.arange(0 if of_keys else self.length, self.length + num_new)
         return mx.maximum(places[None] - self.left_padding[:, None], 0)
 
     def mask(self, num_new: int) -> mx.array:
@@ -128,8 +130,11 @@ class LanguageModel(nn.Module):
         """Input embeddings (B, L, H)."""
         raise AssertionError("a family defines this")
 
-    def hidden(self, x_BLH: mx.array) -> mx.array:
-        """Final hidden states (B, L, H); rows are padded at the end only, so a causal model needs no mask."""
+    def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
+        """Final hidden states (B, L, H); rows are padded at the end only, so a causal model needs no mask.
+
+        Of the batch a family may read documents and lengths.
+        """
         raise AssertionError("a family defines this")
 
     def head(self, h: mx.array) -> mx.array:
@@ -138,13 +143,17 @@ class LanguageModel(nn.Module):
 
     def logprobs(self, batch: Batch) -> mx.array:
         """log p(target), float32 (B, K). Only label places meet the head: logits are (B, K, V), never (B, L, V)."""
-        h = self.hidden(self.inputs(batch))
+        h = self.hidden(self.inputs(batch), batch)
         if batch.positions is not None:
             h = mx.take_along_axis(h, batch.positions[..., None], axis=1)
         logits_BKV = self.head(h)
         targets = batch.targets[..., None]
         return mx.take_along_axis(logits_BKV, targets, axis=-1)[..., 0] - mx.logsumexp(logits_BKV, axis=-1)
 
+    def aux_loss(self) -> mx.array | float:
+        """What the last forward pass adds to the loss of a token, as balancing experts does."""
+        return 0.0
+
     def logits(self, batch: Batch) -> mx.array:
         """Logits of every place, float32 (B, L, V)."""
-        return self.head(self.hidden(self.inputs(batch)))
+        return self.head(self.hidden(self.inputs(batch), batch))

@@ -138,7 +138,7 @@ class TimeSeriesLM(LanguageModel):
         placed_BLH = table[batch.patch_index].astype(x_BLH.dtype)
         return mx.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
 
-    def hidden(self, x_BLH: mx.array) -> mx.array:
+    def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
         return self.lm.hidden(x_BLH)
 
     def head(self, h: mx.array) -> mx.array:

@@ -1,12 +1,15 @@
 """Specs: models described without a framework."""
 
-from mlx_training.spec.decoder import DecoderSpec, RopeScaling
+from mlx_training.spec.decoder import DecoderSpec, ExpertsSpec, RopeScaling
+from mlx_training.spec.mixers import FixedPattern
 from mlx_training.spec.param import Param, Spec
 from mlx_training.spec.timeseries import EncoderSpec, FrozenLM, ProjectorSpec, TimeSeriesSpec
 
 __all__ = [
     "DecoderSpec",
     "EncoderSpec",
+    "ExpertsSpec",
+    "FixedPattern",
     "FrozenLM",
     "Param",
     "ProjectorSpec",

@@ -4,11 +4,12 @@ The defaults are Llama's: pre-RMSNorm, SwiGLU, RoPE, grouped key/value heads, no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from mlx_training.spec.mixers import FixedPattern, Mixer
 from mlx_training.spec.param import Param, Spec, matrix
 
 
@@ -20,6 +21,18 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """Mixture of experts in the place of every feed-forward layer (Shazeer et al. 2017; Mixtral's routing).
+
+    A token goes to the `num_active` experts that its router likes best, weighted by a softmax over those.
+    """
+
+    num_experts: int = 8
+    num_active: int = 2
+    balance: float = 0.01  # weight of the balancing loss E * sum(share of tokens * mean probability); 1 when balanced
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,12 @@ class DecoderSpec(Spec):
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
+    mixers: tuple[Mixer, ...] = ("causal",)  # one a layer, repeated
+    window: int = 256
+    stride: int = 16
+    fixed: FixedPattern = field(default_factory=FixedPattern)
+    num_sinks: int = 0
+    experts: ExpertsSpec | None = None
     logit_softcap: float | None = None
     tie_word_embeddings: bool = True
     dropout: float = 0.0
@@ -69,16 +88,34 @@ class DecoderSpec(Spec):
             if self.qk_norm:
                 for name in ("q_norm", "k_norm"):
                     table[f"{layer}.self_attn.{name}.weight"] = Param((self.head_dim,), "ones", decay=False)
+            if self.num_sinks:
+                sinks = (self.num_kv_heads, self.num_sinks, self.head_dim)
+                table[f"{layer}.self_attn.sink_k"] = Param(sinks, "normal", 1.0, decay=False)
+                table[f"{layer}.self_attn.sink_v"] = Param(sinks, "zeros", decay=False)
             table |= self._norm(f"{layer}.post_attention_layernorm", H)
-            if self.activation == "swiglu":
-                table |= self._linear(f"{layer}.mlp.gate_proj", F, H, self.mlp_bias)
-            table |= self._linear(f"{layer}.mlp.up_proj", F, H, self.mlp_bias)
-            table |= self._linear(f"{layer}.mlp.down_proj", H, F, self.mlp_bias)
+            table |= self._mlp(f"{layer}.mlp", H, F)
         if self.norm_position == "pre":
             table |= self._norm("model.norm", H)
         if not self.tie_word_embeddings:
             table["lm_head.weight"] = embedding
         return table
+
+    def mixer(self, layer: int) -> Mixer:
+        """How a layer's attention looks at the past."""
+        return self.mixers[layer % len(self.mixers)]
+
+    def _mlp(self, name: str, H: int, F: int) -> Iterator[tuple[str, Param]]:
+        shapes = {"gate_proj": (F, H), "up_proj": (F, H), "down_proj": (H, F)}
+        if self.activation != "swiglu":
+            del shapes["gate_proj"]
+        if not self.experts:
+            for part, shape in shapes.items():
+                yield from self._linear(f"{name}.{part}", *shape, self.mlp_bias)
+            return
+        yield f"{name}.router.weight", matrix(self.init, self.init_std, self.experts.num_experts, H)
+        for part, shape in shapes.items():
+            one = matrix(self.init, self.init_std, *shape)
+            yield f"{name}.{part}.weight", one._replace(shape=(self.experts.num_experts, *shape))
 
     def _linear(self, name: str, out_size: int, in_size: int, bias: bool) -> Iterator[tuple[str, Param]]:
         yield f"{name}.weight", matrix(self.init, self.init_std, out_size, in_size)
@@ -91,8 +128,8 @@ class DecoderSpec(Spec):
             yield f"{name}.bias", Param((size,), "zeros", decay=False)
 
     def zero_gradients(self) -> dict[str, slice]:
-        """Key biases, unless they are rotated or normalised."""
-        if not self.attention_bias or self.positions == "rope" or self.qk_norm:
+        """Key biases, unless they are rotated or normalised, or stand beside sinks, which have none."""
+        if not self.attention_bias or self.positions == "rope" or self.qk_norm or self.num_sinks:
             return {}
         return {f"model.layers.{i}.self_attn.k_proj.bias": slice(None) for i in range(self.num_layers)}
 
@@ -131,11 +168,18 @@ class DecoderSpec(Spec):
 
     def not_llama(self) -> list[str]:
         """The parts that Hugging Face's Llama does not have, as `key: value`."""
-        llama = {"norm": "rmsnorm", "norm_position": "pre", "activation": "swiglu", "positions": "rope"}
-        others: dict[str, Any] = {"qk_norm": False, "logit_softcap": None}
-        return [
-            f"{key}: {getattr(self, key)}" for key, value in (llama | others).items() if getattr(self, key) != value
-        ]
+        llama: dict[str, Any] = {
+            "norm": "rmsnorm",
+            "norm_position": "pre",
+            "activation": "swiglu",
+            "positions": "rope",
+            "qk_norm": False,
+            "mixers": ("causal",),
+            "num_sinks": 0,
+            "experts": None,
+            "logit_softcap": None,
+        }
+        return [f"{key}: {getattr(self, key)}" for key, value in llama.items() if getattr(self, key) != value]
 
     def hf_config(self, *, bos_token_id: int | None, eos_token_id: int) -> dict:
         """`config.json` of the exported model: Hugging Face Llama, with the keys mlx-lm reads."""

@@ -26,11 +26,15 @@ BASES: dict[str, tuple[str, ...]] = {
     "ecg": ("dataset={path: ecg.jsonl, format: ecg_qa_cot}", "dataset.options.records=records"),
     "decoder": (),
     "rope": ("model.decoder.rope_scaling={original_context_length: 16}",),
+    "local": ("model.decoder.mixers=[local]", "model.decoder.window=4"),
+    "strided": ("model.decoder.mixers=[strided]", "model.decoder.stride=4"),
+    "fixed": ("model.decoder.mixers=[fixed]", "model.decoder.fixed={block_size: 2, local_context: 8}"),
+    "experts": ("model.decoder.experts={num_experts: 4}",),
     "learned": ("model.decoder.positions=learned",),
     "text": ("dataset={path: text.jsonl, format: text}", *NO_LIMITS),
     "text file": ("dataset={path: text.txt, format: text}", *NO_LIMITS),
 }
-DECODERS = ("decoder", "rope", "learned", "text", "text file")
+DECODERS = ("decoder", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -85,6 +89,17 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.decoder.positions", "decoder", "model.decoder.positions=alibi", "losses"),
     ("model.decoder.position_init_std", "learned", "model.decoder.position_init_std=0", "losses"),
     ("model.decoder.qk_norm", "decoder", "model.decoder.qk_norm=true", "shapes"),
+    ("model.decoder.mixers", "decoder", "model.decoder.mixers=[strided]", "losses"),
+    ("model.decoder.window", "local", "model.decoder.window=2", "losses"),
+    ("model.decoder.stride", "strided", "model.decoder.stride=2", "losses"),
+    ("model.decoder.fixed.block_size", "fixed", "model.decoder.fixed.block_size=1", "losses"),
+    ("model.decoder.fixed.local_context", "fixed", "model.decoder.fixed.local_context=4", "losses"),
+    ("model.decoder.fixed.num_verts", "fixed", "model.decoder.fixed.num_verts=2", "losses"),
+    ("model.decoder.fixed.vert_size", "fixed", "model.decoder.fixed.vert_size=2", "losses"),
+    ("model.decoder.num_sinks", "decoder", "model.decoder.num_sinks=2", "shapes"),
+    ("model.decoder.experts.num_experts", "experts", "model.decoder.experts.num_experts=3", "shapes"),
+    ("model.decoder.experts.num_active", "experts", "model.decoder.experts.num_active=1", "losses"),
+    ("model.decoder.experts.balance", "experts", "model.decoder.experts.balance=9", "losses"),
     ("model.decoder.logit_softcap", "decoder", "model.decoder.logit_softcap=0.1", "losses"),
     ("model.decoder.dropout", "decoder", "model.decoder.dropout=0.5", "losses"),
     ("model.decoder.init", "decoder", "model.decoder.init=uniform", "losses"),

@@ -12,7 +12,17 @@ from mlx_training.data.collate import collate
 from mlx_training.data.prompt import Encoded
 from mlx_training.init import initialise
 from mlx_training.schedule import factor
-from mlx_training.spec import DecoderSpec, EncoderSpec, FrozenLM, ProjectorSpec, RopeScaling, Spec, TimeSeriesSpec
+from mlx_training.spec import (
+    DecoderSpec,
+    EncoderSpec,
+    ExpertsSpec,
+    FixedPattern,
+    FrozenLM,
+    ProjectorSpec,
+    RopeScaling,
+    Spec,
+    TimeSeriesSpec,
+)
 
 VOCAB = 96
 ENCODER = EncoderSpec(patch_size=4, hidden_size=16, num_layers=2, num_heads=2, ffn_size=24, max_patches=12)
@@ -47,6 +57,12 @@ def specs(directory: Path) -> dict[str, Spec]:
         "decoder-post-norm-alibi": DecoderSpec(
             VOCAB, norm_position="post", activation="relu2", positions="alibi", qk_norm=True, num_kv_heads=2, **small
         ),
+        "decoder-local-strided-sinks": DecoderSpec(
+            VOCAB, mixers=("local", "strided"), window=5, stride=3, num_sinks=2, num_kv_heads=2, **small
+        ),
+        "decoder-fixed-experts": DecoderSpec(
+            VOCAB, mixers=("fixed",), fixed=FixedPattern(2, 8, 2, 2), experts=ExpertsSpec(4, 2, 0.1), **small
+        ),
         "decoder-no-positions": DecoderSpec(
             VOCAB, activation="gelu_quick", positions="none", logit_softcap=2.0, mlp_bias=True, init="xavier", **small
         ),
@@ -62,6 +78,8 @@ CASES = (
     "decoder-gpt",
     "decoder-post-norm-alibi",
     "decoder-no-positions",
+    "decoder-local-strided-sinks",
+    "decoder-fixed-experts",
 )
 
 

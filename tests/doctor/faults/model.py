@@ -1,5 +1,6 @@
 """Broken models: registration, initial values, attention, realisation."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,8 +167,7 @@ def noise_in_evaluation(subject: Subject) -> None:
 @fault("future_visible", case="decoder")
 def causal_mask_missing(subject: Subject) -> None:
     """Attention without its causal mask: the model copies the next token from the future."""
-    for layer in subject.model.model.layers:
-        override(layer, lambda f, x, angles, mask, cache, i: f(x, angles, None, cache, i))
+    masked(subject, lambda query, key: key == key)
 
 
 @fault("future_visible")
@@ -181,15 +181,14 @@ def centred_smoothing(subject: Subject) -> None:
     override(subject.model, smooth, "hidden")
 
 
-def masked(subject: Subject, visible: Any) -> None:
-    """Attention of every layer by `visible(query, key)`, on grids of positions."""
+def masked(subject: Subject, visible: Any, first_layer: int = 0) -> None:
+    """Attention of every layer from this one on by `visible(query, key)`, on grids of positions."""
 
-    def call(layer: Any, x: Any, angles: Any, mask: Any, cache: Any, i: int) -> Any:
-        f = framework(x)
-        places = f.arange(x.shape[1])
-        return layer(x, angles, visible(places[:, None], places[None]), cache, i)
+    def call(layer: Any, x: Any, places: Any) -> Any:
+        place = framework(x).arange(x.shape[1])
+        return layer(x, replace(places, mask=visible(place[:, None], place[None])))
 
-    for layer in subject.model.model.layers:
+    for layer in subject.model.model.layers[first_layer:]:
         override(layer, call)
 
 

@@ -21,6 +21,7 @@ from tests.doctor.faults.base import (
     unfreeze,
 )
 from tests.doctor.faults.heldout.registry import fault
+from tests.doctor.faults.model import masked
 from tests.doctor.faults.update import around
 
 
@@ -138,20 +139,13 @@ def one_dropout_stays_on(subject: Subject) -> None:
 @fault("future_visible", case="decoder")
 def causal_mask_missing_in_one_layer(subject: Subject) -> None:
     """The second layer alone attends without a mask."""
-    override(subject.model.model.layers[1], lambda f, x, angles, mask, cache, i: f(x, angles, None, cache, i))
+    masked(subject, lambda query, key: key == key, first_layer=1)
 
 
 @fault("past_hidden", "realisation_differs", case="decoder", level="full")
 def sliding_window_left_over(subject: Subject) -> None:
     """A window of two tokens is left from another configuration: nothing further back is seen."""
-
-    def call(layer: Any, x: Any, angles: Any, mask: Any, cache: Any, i: int) -> Any:
-        places = framework(x).arange(x.shape[1])
-        query, key = places[:, None], places[None]
-        return layer(x, angles, (key <= query) & (key > query - 2), cache, i)
-
-    for layer in subject.model.model.layers:
-        override(layer, call)
+    masked(subject, lambda query, key: (key <= query) & (key > query - 2))
 
 
 @fault("rows_mixed")
