@@ -115,7 +115,7 @@ class KVCache:
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         """A copy that holds these rows; this one stays valid."""
-        index = mx.array(rows)
+        index = mx.array([*rows])
         copy = KVCache(len(self.keys), self.left_padding[index].tolist())
         copy.length = self.length
         copy.keys = [None if k is None else k[index] for k in self.keys]
