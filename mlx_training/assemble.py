@@ -10,7 +10,8 @@ import numpy as np
 
 from mlx_training import backend as backends
 from mlx_training.backend import Backend, Runtime
-from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes
+from mlx_training.checkpoint import CheckpointStore, check_shapes
+from mlx_training.checkpoint_files import MODEL, Checkpoint
 from mlx_training.config import RunConfig, load_config
 from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
@@ -194,7 +195,7 @@ def check_fits(spec: Spec, checkpoint: Checkpoint) -> None:
             "set model.llm_id to the one it was trained with"
         )
     given = {name: array.shape for name, array in checkpoint.model.items()}
-    check_shapes({name: param.shape for name, param in spec.params().items()}, given, checkpoint.path)
+    check_shapes({name: param.shape for name, param in spec.params().items()}, given, checkpoint.path / MODEL)
 
 
 def llm_sha256(spec: Spec) -> str | None:

@@ -13,39 +13,29 @@ the other files. Arrays are float32 under canonical parameter names, the same fo
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
+from mlx_training.checkpoint_files import (
+    NOT_JSON_OF_OURS,
+    STATE,
+    STEP_DIRECTORY,
+    Arrays,
+    Checkpoint,
+    read_checkpoint,
+    verify,
+    write_checkpoint,
+)
 from mlx_training.errors import CheckpointError
 from mlx_training.run_directory import disk_advice, sync, write_atomic
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-CONTENTS = (MODEL, OPTIMIZER, STATE)
-STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint: headers, its JSON, the other files of a run
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What one step directory holds; `state` is the trainer's JSON (data position, best value, ...)."""
-
-    step: int
-    model: Arrays
-    optimizer: Arrays
-    state: dict[str, Any]
-    path: Path
 
 
 class CheckpointStore:
@@ -72,20 +62,14 @@ class CheckpointStore:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary = self.directory / ".tmp-new"
             temporary.mkdir()
-            save_file({name: np.asarray(array, order="C") for name, array in model.items()}, temporary / MODEL)
-            save_file({name: np.asarray(array, order="C") for name, array in optimizer.items()}, temporary / OPTIMIZER)
-            (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1, allow_nan=False))
-            (temporary / MANIFEST).write_text(_manifest(temporary))
-            for name in (*CONTENTS, MANIFEST):
-                sync(temporary / name)
-            sync(temporary)
-            if final.exists():  # the step was trained again after resuming from an older one
+            write_checkpoint(temporary, step, model, optimizer, state)
+            if os.path.lexists(final):  # the step was trained again after resuming from an older one
                 final.rename(self.directory / f".tmp-{final.name}")
             temporary.rename(final)
             sync(self.directory)
-            write_atomic(self.directory / "latest", final.name + "\n")
-            if best:
-                write_atomic(self.directory / "best", final.name + "\n")
+            if best:  # first: a kill in between leaves a `latest` that does not know of this best value yet
+                self._point("best", final)
+            self._point("latest", final)
             self._retain(step, keep)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -107,51 +91,64 @@ class CheckpointStore:
                 f"{self.directory}: there is no '{which}' checkpoint. Expected {self.directory / str(which)} to name "
                 f"one of: {', '.join(p.name for p in self.paths()) or 'none, the run has saved nothing yet'}."
             )
-        problems = verify(path)
-        if problems:
-            others = [other for other in self.paths() if other != path]
-            good = next((other for other in reversed(others) if not verify(other)), None)
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            good = next((other for other in reversed(self.paths()) if other != path and not verify(other)), None)
             advice = f"The newest good one is {good}: --resume {good}" if good else "No other checkpoint here is good"
-            raise CheckpointError(f"{path}: damaged checkpoint.\n  " + "\n  ".join(problems) + f"\n{advice}.")
-        return read_checkpoint(path)
+            raise CheckpointError(f"{error}\n{advice}.") from error
 
-    def latest_valid(self) -> tuple[Checkpoint | None, str]:
-        """The newest checkpoint that verifies, and a message ("" when that is the one `latest` names).
+    def latest_valid(self, fits: Callable[[Checkpoint], None] = lambda _: None) -> tuple[Checkpoint | None, str]:
+        """The newest good checkpoint, and a message ("" when that is the one `latest` names).
 
-        For the process that goes on with the run. (None, "") when it has saved nothing; CheckpointError when it
-        has and every checkpoint is damaged.
+        Good is what verifies and what `fits` does not refuse, with a CheckpointError. For the process that goes on
+        with the run. (None, "") when it has saved nothing; CheckpointError when it has and nothing is good.
         """
         self._remove_leftovers()
         paths = self.paths()
-        latest = self._pointed("latest")
+        bad = [*self.lost_pointers().values()]
+        named = self.pointer("latest")
+        newest = named if named and STEP_DIRECTORY.fullmatch(named) else max((path.name for path in paths), default="")
         # Directories newer than `latest` belong to a future that was abandoned by resuming from an older one.
-        older = [p for p in paths if latest is not None and p.name <= latest.name]
-        newer = [p for p in paths if p not in older]
-        damage: list[str] = []
+        older = [path for path in paths if path.name <= newest]
+        newer = [path for path in paths if path.name > newest]
         for path in (*reversed(older), *reversed(newer)):
-            problems = verify(path)
-            if not problems:
-                message = "\n".join([*damage, f"using the older checkpoint {path}"]) if damage else ""
-                return read_checkpoint(path), message
-            damage.append(f"{path}: damaged checkpoint: {'; '.join(problems)}")
-        if damage:
+            try:
+                checkpoint = read_checkpoint(path)
+                fits(checkpoint)
+            except CheckpointError as error:
+                bad.append(str(error))
+            else:
+                what = "the older checkpoint" if path.name < newest else "the checkpoint"
+                return checkpoint, "\n".join([*bad, f"using {what} {path}"]) if bad else ""
+        if bad:
             raise CheckpointError(
-                "\n".join(damage) + "\nNo checkpoint of this run is good. Restore one from a backup, or start "
+                "\n".join(bad) + "\nNo checkpoint of this run is good. Restore one from a backup, or start "
                 "again with another output_dir."
             )
         return None, ""
 
-    def rewind(self, checkpoint: Checkpoint) -> None:
+    def rewind(self, checkpoint: Checkpoint, fits: Callable[[Checkpoint], None] = lambda _: None) -> str:
         """Make `checkpoint` the latest: what the run had saved after it is dropped by the next save.
 
-        A best one that came after it is forgotten at once.
+        A best one that came after it, or that is not good, is forgotten at once; the message says the latter.
         """
-        if self.holds(checkpoint.path):
-            if self._pointed("latest") != self.directory / checkpoint.path.name:
-                write_atomic(self.directory / "latest", checkpoint.path.name + "\n")
-            best = self._pointed("best")
-            if best is None or best.name > checkpoint.path.name:
-                (self.directory / "best").unlink(missing_ok=True)
+        if not self.holds(checkpoint.path):
+            return ""
+        if self.pointer("latest") != checkpoint.path.name:
+            self._point("latest", checkpoint.path)
+        best = self._pointed("best") or self._best_known_to(checkpoint.path)
+        if best is None or best.name > checkpoint.path.name:
+            _remove(self.directory / "best")
+            return ""
+        try:
+            fits(read_checkpoint(best))
+        except CheckpointError as error:
+            _remove(self.directory / "best")
+            return f"{error}\nno checkpoint is known to be the best any more: the next evaluation counts as the best"
+        if self.pointer("best") != best.name:
+            self._point("best", best)
+        return ""
 
     def holds(self, path: Path) -> bool:
         """Whether a checkpoint directory is one of this run."""
@@ -160,7 +157,30 @@ class CheckpointStore:
     @property
     def has_best(self) -> bool:
         """Whether a checkpoint is marked as the best."""
-        return (self.directory / "best").exists()
+        return self.pointer("best") is not None
+
+    def pointer(self, which: str) -> str | None:
+        """What `latest` or `best` holds; "" where that cannot be read, None where there is no such file."""
+        path = self.directory / which
+        try:
+            if path.is_file():  # a pipe would be waited for
+                with path.open(errors="replace") as file:
+                    return file.read(100).strip()
+        except OSError:
+            pass
+        return "" if os.path.lexists(path) else None
+
+    def lost_pointers(self) -> dict[str, str]:
+        """What is wrong with `latest` or `best`, for each that should name a checkpoint and does not."""
+        names = [path.name for path in self.paths()]
+        needed = {"latest": bool(names), "best": self._best_known_to(self._pointed("latest")) is not None}
+        lost = {}
+        for which, is_needed in needed.items():
+            held = self.pointer(which)
+            if held not in names and (held is not None or is_needed):
+                what = "is missing" if held is None else f"names {held!r}"
+                lost[which] = f"{self.directory / which} {what}, expected one of {', '.join(names) or 'no checkpoints'}"
+        return lost
 
     def best_or_latest(self) -> Checkpoint:
         """The best checkpoint, or the latest of a run that was never evaluated."""
@@ -175,12 +195,21 @@ class CheckpointStore:
     def _pointed(self, which: str | Path) -> Path | None:
         """The directory a pointer names. Without a usable `latest`, the newest directory."""
         paths = {path.name: path for path in self.paths()}
-        try:
-            name = (self.directory / which).read_text(errors="replace").strip()
-        except OSError:
-            name = ""
         newest = next(reversed(paths.values()), None) if which == "latest" else None
-        return paths.get(name, newest)
+        return paths.get(self.pointer(str(which)) or "", newest)
+
+    def _point(self, which: str, checkpoint: Path) -> None:
+        if (path := self.directory / which).is_dir():
+            _remove(path)
+        write_atomic(path, checkpoint.name + "\n")
+
+    def _best_known_to(self, latest: Path | None) -> Path | None:
+        """The directory that holds the best value a checkpoint knows of, as far as states can be read."""
+        if latest is None or not (known := _best_value(latest)):
+            return None
+        value, _ = known
+        past = (path for path in reversed(self.paths()) if path.name <= latest.name)
+        return next((path for path in past if _best_value(path) == (value, True)), None)
 
     def _retain(self, step: int, keep: int) -> None:
         best = self._pointed("best")
@@ -196,45 +225,8 @@ class CheckpointStore:
             replaced = self.directory / path.name.removeprefix(".tmp-")
             if STEP_DIRECTORY.fullmatch(replaced.name) and not replaced.exists():
                 path.rename(replaced)
-            elif path.is_dir():
-                shutil.rmtree(path)
             else:
-                path.unlink()
-
-
-def verify(path: Path) -> list[str]:
-    """Everything wrong with a checkpoint directory, one sentence per file; empty when it is good."""
-    if not path.is_dir():
-        return [f"{path}: no such directory"]
-    missing = [name for name in (*CONTENTS, MANIFEST) if not (path / name).is_file()]
-    if missing:
-        return [f"{name}: missing" for name in missing]
-    found = _manifest(path)
-    written = (path / MANIFEST).read_bytes()
-    problems = []
-    if written != found.encode():
-        try:
-            files = json.loads(written)["files"]
-            for name, given in json.loads(found)["files"].items():
-                for key in ("size", "sha256"):
-                    if files[name][key] != given[key]:
-                        problems.append(f"{name}: {key} is {given[key]}, {MANIFEST} expects {files[name][key]}")
-                        break
-        except (ValueError, KeyError, TypeError):
-            problems = []
-        return problems or [f"{MANIFEST}: damaged: it is not what this program writes for these files"]
-    step = STEP_DIRECTORY.fullmatch(path.name)
-    held = json.loads((path / STATE).read_text())["step"]
-    if step and int(step[1]) != held:
-        problems.append(f"{STATE}: holds step {held}, the directory's name expects {int(step[1])}")
-    return problems
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a directory that `verify` found good."""
-    state = json.loads((path / STATE).read_text())
-    step = state.pop("step")
-    return Checkpoint(step, load_file(path / MODEL), load_file(path / OPTIMIZER), state, path)
+                _remove(path)
 
 
 def check_shapes(
@@ -256,11 +248,20 @@ def check_shapes(
         )
 
 
-def _manifest(directory: Path) -> str:
-    """The manifest's text: a function of the files alone, so that any change to it shows too."""
-    files = {}
-    for name in CONTENTS:
-        with (directory / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = {"sha256": digest, "size": (directory / name).stat().st_size}
-    return json.dumps({"format": 1, "files": files}, indent=1) + "\n"
+def _best_value(checkpoint: Path) -> tuple[float, bool] | None:
+    """The best value that a checkpoint knows of, and whether it was found there; None where there is none."""
+    path = checkpoint / STATE
+    try:
+        state = json.loads(path.read_text()) if path.is_file() else {}
+        progress = state["progress"]
+        was_found_there = progress["evaluated"] == state["step"] and progress["evaluations_without_improvement"] == 0
+        return None if progress["best"] is None else (progress["best"], was_found_there)
+    except NOT_JSON_OF_OURS:
+        return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from mlx_training.checkpoint import (
+from mlx_training.checkpoint import CheckpointStore
+from mlx_training.checkpoint_files import (
     CONTENTS,
     MANIFEST,
     MODEL,
+    NOT_JSON_OF_OURS,
     OPTIMIZER,
     STATE,
     STEP_DIRECTORY,
     Checkpoint,
-    CheckpointStore,
     verify,
 )
 from mlx_training.errors import CheckpointError, UserError
 from mlx_training.llm_source import safetensors_header
+from mlx_training.progress import wrong_progress
 
 Shapes = Mapping[str, tuple[int, ...]]
 Problem = dict[str, Any]  # {"file", "problem", "expected", "found"}
@@ -37,7 +39,7 @@ def list_checkpoints(run: Path) -> dict[str, Any]:
     found = []
     for path in store.paths():
         try:
-            size = sum(file.stat().st_size for file in path.iterdir())
+            size = sum(file.lstat().st_size for file in path.iterdir())
             saved = (path / MANIFEST if (path / MANIFEST).is_file() else path).stat().st_mtime
         except FileNotFoundError:  # the run goes on, and has just dropped it
             continue
@@ -121,41 +123,32 @@ def _step(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _pointer(store: CheckpointStore, which: str) -> str | None:
-    try:
-        return (store.directory / which).read_text(errors="replace").strip()
-    except OSError:
-        return None
-
-
 def _pointed(store: CheckpointStore, which: str) -> str | None:
     """The name a pointer holds. Without a usable `latest`, the newest, as in resuming."""
     names = [path.name for path in store.paths()]
-    name = _pointer(store, which)
+    name = store.pointer(which)
     newest = names[-1] if names and which == "latest" else None
     return name if name in names else newest
 
 
 def _lost_pointers(store: CheckpointStore) -> list[Problem]:
     names = [path.name for path in store.paths()]
-    held = {which: _pointer(store, which) for which in ("latest", "best")}
     return [
         {
             "file": str(store.directory / which),
-            "problem": f"names {name!r}, expected one of {', '.join(names)}",
+            "problem": sentence.removeprefix(f"{store.directory / which} "),
             "expected": names,
-            "found": name,
+            "found": store.pointer(which),
         }
-        for which, name in held.items()
-        if name is not None and name not in names
+        for which, sentence in store.lost_pointers().items()
     ]
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     """{file: {"sha256", "size"}}; empty where the manifest cannot be read."""
     try:
-        return dict(json.loads((path / MANIFEST).read_bytes())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((path / MANIFEST).read_bytes())["files"]) if (path / MANIFEST).is_file() else {}
+    except NOT_JSON_OF_OURS:
         return {}
 
 
@@ -169,13 +162,9 @@ def _is_complete(path: Path) -> bool:
 
 def _problems(path: Path) -> list[Problem]:
     """What `verify` finds, with the manifest's entry of each file beside the real one."""
-    try:
-        sentences = verify(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a manifest that fits files this program never wrote
-        sentences = [f"{STATE}: damaged: {type(error).__name__}: {error}"]
     files = _manifest(path)
     found = []
-    for sentence in sentences:
+    for sentence in verify(path):
         name, _, problem = sentence.partition(": ")
         expected = files.get(name, "a manifest of these files" if name == MANIFEST else None)
         found.append({"file": name, "problem": problem, "expected": expected, "found": _digest(path / name)})
@@ -183,6 +172,8 @@ def _problems(path: Path) -> list[Problem]:
 
 
 def _digest(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with path.open("rb") as file:
             return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
@@ -210,15 +201,13 @@ def _misfits(path: Path, expected: Shapes | None, sha256: str | None) -> list[Pr
         return []
     state = json.loads((path / STATE).read_text())
     wanted: dict[str, Shapes] = {MODEL: expected}
+    wrong: list[str] = []
     if "progress" in state:  # else weights alone, such as an imported file
         wanted[OPTIMIZER] = {f"{name}.{k}": shape for name, shape in expected.items() for k in "mv"} | {"step": ()}
-    found: list[Problem] = []
+        wrong = wrong_progress(state, state["step"])
+    found: list[Problem] = [{"file": STATE, "problem": text, "expected": None, "found": None} for text in wrong]
     for file, shapes in wanted.items():
-        try:
-            header, _ = safetensors_header(path / file)
-        except CheckpointError as error:  # the sums are those of a file this program never wrote
-            found.append({"file": file, "problem": str(error), "expected": "a safetensors file", "found": None})
-            continue
+        header, _ = safetensors_header(path / file)
         given = {name: tuple(entry["shape"]) for name, entry in header.items()}
         for name in [*shapes, *(given.keys() - shapes.keys())]:
             want, have = shapes.get(name), given.get(name)

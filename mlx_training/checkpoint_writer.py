@@ -5,7 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from mlx_training.checkpoint import Arrays, CheckpointStore
+from mlx_training.checkpoint import CheckpointStore
+from mlx_training.checkpoint_files import Arrays
 
 
 class CheckpointWriter:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from mlx_training.checkpoint import STEP_DIRECTORY, CheckpointStore, check_shapes
+from mlx_training.checkpoint import CheckpointStore, check_shapes
+from mlx_training.checkpoint_files import STEP_DIRECTORY
 from mlx_training.errors import CheckpointError
 from mlx_training.run_directory import write_atomic
 from mlx_training.torch_archive import Inert, read_archive, write_archive

@@ -8,13 +8,16 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from mlx_training.assemble import Assembly, check_fits
-from mlx_training.checkpoint import Checkpoint, CheckpointStore, check_shapes
+from mlx_training.checkpoint import CheckpointStore, check_shapes
+from mlx_training.checkpoint_files import OPTIMIZER, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.progress import wrong_progress
 from mlx_training.run_directory import unwritable
 
 try:
@@ -100,17 +103,14 @@ def find_checkpoint(
         if allow_change:
             raise ConfigError("--allow-change is for a run that is continued: give --resume auto, or leave it out")
         return None, {}
-    checkpoint, message = store.latest_valid() if resume == "auto" else (_given(store, Path(resume)), "")
+    fits = partial(_check_continuable, assembly)
+    checkpoint, message = store.latest_valid(fits) if resume == "auto" else (_given(store, Path(resume)), "")
     if message:
         print(f"warning: {message}", file=sys.stderr)
     if checkpoint is None:
         _check_allowed(allow_change, assembly.config, {})
         return None, {}
-    if "progress" not in checkpoint.state:
-        raise CheckpointError(
-            f"{checkpoint.path} holds weights, but no training that could be continued; "
-            "start from it: training.init_from instead of --resume"
-        )
+    _check_state(checkpoint)
     if store.paths() and not store.holds(checkpoint.path):  # another run's may not take the place of this one's
         raise ConfigError(
             f"--resume {resume}: output_dir {store.directory.parent} has checkpoints of its own. Continue them with "
@@ -124,7 +124,8 @@ def find_checkpoint(
     _check_fits(assembly, checkpoint)
     if "checkpoint.best" in changed or set(refused) & {*MEASURE, GENERATION} or _touches(refused, "dataset.", "model."):
         checkpoint.state["progress"] |= {"best": None, "evaluations_without_improvement": 0}  # another measure
-    store.rewind(checkpoint)
+    if message := store.rewind(checkpoint, fits):
+        print(f"warning: {message}", file=sys.stderr)
     return checkpoint, changed
 
 
@@ -232,9 +233,29 @@ def _check_unchanged(run: Path, refused: Changes) -> None:
         )
 
 
+def _check_continuable(assembly: Assembly, checkpoint: Checkpoint) -> None:
+    """CheckpointError for a checkpoint of this run that is not what was saved, though its sums are right.
+
+    Arrays are judged by the configuration while that is the one they were trained with.
+    """
+    _check_state(checkpoint)
+    if not _touches(_changes(checkpoint.path.resolve().parents[1], assembly.config), "model."):
+        _check_fits(assembly, checkpoint)
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    if "progress" not in checkpoint.state:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights, but no training that could be continued; "
+            "start from it: training.init_from instead of --resume"
+        )
+    if wrong := wrong_progress(checkpoint.state, checkpoint.step):
+        raise CheckpointError(f"{checkpoint.path}: damaged checkpoint.\n  {STATE}: " + f"\n  {STATE}: ".join(wrong))
+
+
 def _check_fits(assembly: Assembly, checkpoint: Checkpoint) -> None:
     """CheckpointError unless parameters and optimiser state fit, and the frozen LM is the very same."""
     check_fits(assembly.spec, checkpoint)
     moments = {f"{name}.{k}": param.shape for name, param in assembly.spec.params().items() for k in "mv"}
     given = {name: array.shape for name, array in checkpoint.optimizer.items()}
-    check_shapes({**moments, "step": ()}, given, checkpoint.path)
+    check_shapes({**moments, "step": ()}, given, checkpoint.path / OPTIMIZER)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,10 @@ from mlx_training.init import initialise
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
 from mlx_training.objectives.balanced import training_objective
 from mlx_training.opentslm import load_initial
+from mlx_training.progress import Progress
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
 from mlx_training.tracking import StepTimer, Tracker, open_tracker
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers beside parameters and optimiser state."""
-
-    best: float | None = None  # of checkpoint.best, so far
-    evaluations_without_improvement: int = 0
-    evaluated: int = 0  # step of the last evaluation
-    tokens: int = 0  # supervised tokens seen
-    skipped: int = 0  # updates that were not finite
-    loss: float = math.nan  # of the last finite step that was read
-    seconds: float = 0.0
-    stopped_early: bool = False
 
 
 def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> dict[str, Any]:

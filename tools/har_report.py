@@ -33,10 +33,11 @@ from mlx_training.evaluate import save_predictions
 from mlx_training.init import initialise
 from mlx_training.metrics import answer_metrics, normalise
 from mlx_training.objectives import Objective, Sums
+from mlx_training.progress import Progress
 from mlx_training.run_directory import write_atomic
 from mlx_training.spec import EncoderSpec, Param, Spec, TimeSeriesSpec
 from mlx_training.spec.param import linear
-from mlx_training.trainer import Cadence, Progress, judge, learning_rates, optim, plan, train
+from mlx_training.trainer import Cadence, judge, learning_rates, optim, plan, train
 
 CONFIG, TEST = "timeseries/har", "test"
 VARIANTS = {

@@ -27,6 +27,7 @@ RESULTS = ROOT / "docs" / "torture"
 # Trial -> its size in the short form, and what is counted.
 TRIALS: dict[str, tuple[int, str]] = {
     "kills": (8, "kill -9 at random moments, in all"),
+    "damage": (60, "injected damages, in all"),
 }
 
 

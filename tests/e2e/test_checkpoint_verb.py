@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_training import checkpoint, checkpoint_tools
+from mlx_training import checkpoint_files, checkpoint_tools
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.generate import generate_rows
 from mlx_training.llm_source import describe_llm
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_the_run_drops_meanwhile_is_no_damage(
     def verify(path: Path) -> list[str]:
         if path == step(bench, 2):
             shutil.rmtree(path)
-        return checkpoint.verify(path)
+        return checkpoint_files.verify(path)
 
     monkeypatch.setattr(checkpoint_tools, "verify", verify)
     report = bench.json("checkpoint", "verify", bench.run)
@@ -290,6 +290,6 @@ def test_a_file_this_program_never_wrote(bench: Workbench) -> None:
     store = CheckpointStore(bench.run)
     foreign = step(bench, 4)
     (foreign / "model.safetensors").write_bytes(b"pickle")
-    (foreign / "manifest.json").write_text(checkpoint._manifest(foreign))
+    (foreign / "manifest.json").write_text(checkpoint_files.manifest_of(foreign))
     report = verified(bench, store.directory / "step_00000004", 3)
     assert report["checkpoints"][0]["problems"][0]["file"] == "model.safetensors"

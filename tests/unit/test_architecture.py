@@ -31,6 +31,7 @@ ROOMS = (
     {
         "init",
         "json_lines",
+        "checkpoint_files",
         "checkpoint_writer",
         "ops",
         "data",
@@ -39,6 +40,7 @@ ROOMS = (
         "metrics",
         "llm_source",
         "quantize",
+        "progress",
         "run_directory",
         "checkpoint",
         "opentslm",

@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from mlx_training import checkpoint as module
-from mlx_training.checkpoint import CheckpointStore, check_shapes, verify
+from mlx_training import checkpoint, checkpoint_files
+from mlx_training.checkpoint import CheckpointStore, check_shapes
+from mlx_training.checkpoint_files import CONTENTS, MANIFEST, STATE, Checkpoint, verify
 from mlx_training.checkpoint_writer import CheckpointWriter
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.run_directory import claim_run_directory, full_disk_explained
@@ -23,10 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"a.weight": (3, 2), "b": ()}
 
 
-def save(store: CheckpointStore, step: int, *, best: bool = False, keep: int = 3) -> Path:
+def save(
+    store: CheckpointStore, step: int, *, best: bool = False, keep: int = 3, state: dict[str, object] | None = None
+) -> Path:
     model = {"a.weight": np.full((3, 2), step, np.float32), "b": np.array(step, np.float32)}
-    optimizer = {"a.weight.m": np.ones((3, 2), np.float32), "step": np.array(step, np.int64)}
-    return store.save(step, model, optimizer, {"position": step * 4}, best=best, keep=keep)
+    optimizer = {"a.weight.m": np.ones((3, 2), np.float32), "step": np.array(step, np.float32)}
+    return store.save(step, model, optimizer, state or {"position": step * 4}, best=best, keep=keep)
 
 
 def steps(store: CheckpointStore) -> list[int]:
@@ -36,12 +41,12 @@ def steps(store: CheckpointStore) -> list[int]:
 def test_round_trip_keeps_values_types_and_scalars(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     model = {"w": np.arange(6, dtype=np.float32).reshape(2, 3).T, "gain": np.array(2.5, np.float32)}
-    store.save(7, model, {"step": np.array(7, np.int64)}, {"best": None, "rows": [1, 2]}, best=False, keep=1)
+    store.save(7, model, {"step": np.array(7, np.float32)}, {"best": None, "rows": [1, 2]}, best=False, keep=1)
     loaded = store.load()
     assert loaded.step == 7 and loaded.state == {"best": None, "rows": [1, 2]}
-    assert loaded.model["gain"].shape == () and loaded.optimizer["step"].dtype == np.int64
+    assert loaded.model["gain"].shape == () and loaded.optimizer["step"].dtype == np.float32
     np.testing.assert_array_equal(loaded.model["w"], model["w"])  # a transposed view: memory order must not matter
-    assert sorted(p.name for p in loaded.path.iterdir()) == sorted([*module.CONTENTS, module.MANIFEST])
+    assert sorted(p.name for p in loaded.path.iterdir()) == sorted([*CONTENTS, MANIFEST])
     assert not list(store.directory.glob(".tmp*"))
 
 
@@ -65,7 +70,7 @@ def test_resuming_from_an_older_checkpoint_abandons_the_newer_ones(tmp_path: Pat
     assert steps(store) == [10, 20] and store.load().step == 20
 
 
-@pytest.mark.parametrize("name", [*module.CONTENTS, module.MANIFEST])
+@pytest.mark.parametrize("name", [*CONTENTS, MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "foreign"])
 def test_every_damage_is_found_and_the_previous_checkpoint_named(tmp_path: Path, name: str, damage: str) -> None:
     store = CheckpointStore(tmp_path)
@@ -84,13 +89,13 @@ def test_every_damage_is_found_and_the_previous_checkpoint_named(tmp_path: Path,
         store.load()
     message = str(error.value)
     assert str(bad) in message and f"--resume {good}" in message
-    assert (name if damage != "foreign" else module.MANIFEST) in message
+    assert (name if damage != "foreign" else MANIFEST) in message
     loaded, message = store.latest_valid()
     assert loaded is not None and loaded.step == 10 and str(bad) in message
 
 
 def test_every_single_bit_of_a_manifest_counts(tmp_path: Path) -> None:
-    path = save(CheckpointStore(tmp_path), 1) / module.MANIFEST
+    path = save(CheckpointStore(tmp_path), 1) / MANIFEST
     data = path.read_bytes()
     for position in range(len(data)):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
@@ -109,7 +114,7 @@ def test_all_damaged_is_an_error_and_none_saved_is_not(tmp_path: Path) -> None:
     assert store.latest_valid() == (None, "")
     with pytest.raises(CheckpointError, match="saved nothing"):
         store.load("best")
-    (save(store, 10) / module.STATE).unlink()
+    (save(store, 10) / STATE).unlink()
     with pytest.raises(CheckpointError, match="No checkpoint of this run is good"):
         store.latest_valid()
 
@@ -120,6 +125,93 @@ def test_a_lost_pointer_means_the_newest(tmp_path: Path) -> None:
         save(store, step)
     (store.directory / "latest").write_bytes(b"step_0\xff")
     assert store.load().step == 20
+
+
+def refuse(*steps: int) -> Callable[[Checkpoint], None]:
+    """Checkpoints of these steps do not fit."""
+
+    def fits(checkpoint: Checkpoint) -> None:
+        if checkpoint.step in steps:
+            raise CheckpointError(f"{checkpoint.path}: misfit")
+
+    return fits
+
+
+def test_a_checkpoint_that_does_not_fit_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    paths = [save(store, step, best=step == 10) for step in (10, 20, 30)]
+    loaded, message = store.latest_valid(refuse(30))
+    assert loaded is not None and loaded.step == 20
+    assert message == f"{paths[2]}: misfit\nusing the older checkpoint {paths[1]}"
+    assert store.rewind(loaded, refuse(30)) == "" and store.latest_valid(refuse(30))[1] == ""
+    assert store.has_best
+    with pytest.raises(CheckpointError, match=r"(?s)00010: misfit.*00030: misfit\nNo checkpoint of this run is good"):
+        store.latest_valid(refuse(10, 20, 30))
+    assert "00010: misfit\nno checkpoint is known to be the best" in store.rewind(loaded, refuse(10))
+    assert not store.has_best, "the next evaluation makes one"
+
+
+@pytest.mark.parametrize("which", ["latest", "best"])
+@pytest.mark.parametrize("thing", ["text", "absent", "missing", "directory", "pipe", "loop"])
+def test_a_lost_pointer_is_told_and_repaired(tmp_path: Path, which: str, thing: str) -> None:
+    store = CheckpointStore(tmp_path)
+    progress = {"best": 0.5, "evaluated": 20, "evaluations_without_improvement": 0}
+    for step in (10, 20, 30):
+        save(store, step, best=step == 20, state={"progress": progress} if step > 10 else {})
+    path = store.directory / which
+    path.unlink()
+    put: dict[str, Callable[[], object]] = {
+        "text": lambda: path.write_text("garbage"),
+        "absent": lambda: path.write_text("step_00000031"),
+        "missing": lambda: None,
+        "directory": lambda: (path / "inner").mkdir(parents=True),
+        "pipe": lambda: os.mkfifo(path),
+        "loop": lambda: path.symlink_to(path.name),
+    }
+    put[thing]()
+    assert list(store.lost_pointers()) == [which]
+    loaded, message = store.latest_valid()
+    assert loaded is not None and loaded.step == 30
+    assert message.startswith(str(path)) and f"the checkpoint {loaded.path}" in message.replace("older ", "")
+    store.rewind(loaded)
+    assert not store.lost_pointers() and store.load("best").step == 20 and store.load("latest").step == 30
+
+
+def test_every_checkpoint_gone_is_no_new_start(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    shutil.rmtree(save(store, 10))
+    with pytest.raises(CheckpointError, match=r"latest names 'step_00000010', expected one of no checkpoints"):
+        store.latest_valid()
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"[" * 100_000, b'{"step": 20.0}', b'{"step": 20, "llm_sha256": 1}'])
+def test_a_state_with_a_manifest_that_fits(tmp_path: Path, content: bytes) -> None:
+    path = save(CheckpointStore(tmp_path), 20)
+    (path / STATE).write_bytes(content)
+    (path / MANIFEST).write_text(checkpoint_files.manifest_of(path))
+    with pytest.raises(CheckpointError, match=r"damaged checkpoint.\n  state.json: "):
+        CheckpointStore(tmp_path).load()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"\2\0\0\0\0\0\0\0[]"])
+def test_arrays_with_a_manifest_that_fits(tmp_path: Path, content: bytes) -> None:
+    path = save(CheckpointStore(tmp_path), 20)
+    (path / "model.safetensors").write_bytes(content)
+    save_file({"step": np.zeros(1, np.int8)}, path / "optimizer.safetensors")
+    (path / MANIFEST).write_text(checkpoint_files.manifest_of(path))
+    problems = verify(path)
+    assert "model.safetensors: not a safetensors file: " in problems[0]
+    assert problems[1:] == ["optimizer.safetensors: step is I8, expected F32"]
+
+
+@pytest.mark.parametrize("thing", ["file", "dangling"])
+def test_what_is_in_the_place_of_a_checkpoint_gives_way(tmp_path: Path, thing: str) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 10)
+    place = store.directory / "step_00000020"
+    place.write_text("text") if thing == "file" else place.symlink_to("nowhere")
+    save(store, 20)
+    assert steps(store) == [10, 20] and not list(store.directory.glob(".tmp*"))
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +235,9 @@ def test_a_disk_with_too_little_space_is_not_begun_with(tmp_path: Path, monkeypa
     save(store, 10)
     usage = shutil.disk_usage(tmp_path)
     needed = sum(a.nbytes for part in (store.load().model, store.load().optimizer) for a in part.values())
-    needed += module.MARGIN
+    needed += checkpoint.MARGIN
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    monkeypatch.setattr(module, "save_file", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(checkpoint_files, "save_file", lambda *_: pytest.fail("written"))
     with pytest.raises(CheckpointError, match=r"needs 1.0 MB. 1.0 MB are free. Remove files .* intact; .*--resume"):
         save(store, 20)
     assert steps(store) == [10] and not list(store.directory.glob(".tmp*"))
@@ -162,7 +254,7 @@ def test_a_directory_that_refuses(tmp_path: Path, code: int, monkeypatch: pytest
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", refuse)
+        patch.setattr(checkpoint_files, "save_file", refuse)
         with pytest.raises(CheckpointError, match=os.strerror(code)) as error:
             save(store, 20)
     assert error.value.exit_code == 3 and steps(store) == [10] and not list(store.directory.glob(".tmp*"))
@@ -285,4 +377,4 @@ def test_state_must_be_plain_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         CheckpointStore(tmp_path).save(1, {}, {}, {"best": float("nan")}, best=False, keep=1)
     path = save(CheckpointStore(tmp_path), 1)
-    assert json.loads((path / module.STATE).read_text()) == {"step": 1, "position": 4}
+    assert json.loads((path / STATE).read_text()) == {"step": 1, "position": 4}
