@@ -11,7 +11,7 @@ import numpy as np
 from mlx_training import backend as backends
 from mlx_training.backend import Backend, Runtime
 from mlx_training.checkpoint import CheckpointStore, check_shapes
-from mlx_training.checkpoint_files import MODEL, Checkpoint
+from mlx_training.checkpoint_files import MODEL, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
 from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
@@ -191,8 +191,8 @@ def check_fits(spec: Spec, checkpoint: Checkpoint) -> None:
     now, then = llm_sha256(spec), checkpoint.state.get("llm_sha256")
     if then is not None and now != then:
         raise CheckpointError(
-            f"{checkpoint.path} was trained with another frozen LM (sha256 {then[:12]}, given {str(now)[:12]}); "
-            "set model.llm_id to the one it was trained with"
+            f"{checkpoint.path} was trained with another frozen LM (sha256 {then[:12]} in {STATE}, given "
+            f"{str(now)[:12]}); set model.llm_id to the one it was trained with"
         )
     given = {name: array.shape for name, array in checkpoint.model.items()}
     check_shapes({name: param.shape for name, param in spec.params().items()}, given, checkpoint.path / MODEL)

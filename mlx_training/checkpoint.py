@@ -20,8 +20,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from mlx_training.checkpoint_files import (
     NOT_JSON_OF_OURS,
     STATE,
@@ -71,7 +69,7 @@ class CheckpointStore:
                 self._point("best", final)
             self._point("latest", final)
             self._retain(step, keep)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 self._remove_leftovers()
             raise CheckpointError(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from mlx_training.errors import CheckpointError
-from mlx_training.run_directory import sync
+from mlx_training.run_directory import naming, sync
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 CONTENTS = (MODEL, OPTIMIZER, STATE)
@@ -37,11 +37,16 @@ class Checkpoint:
 
 
 def write_checkpoint(directory: Path, step: int, model: Arrays, optimizer: Arrays, state: Mapping[str, Any]) -> None:
-    """Write every file of a checkpoint, and flush them to the disk. Raises OSError and SafetensorError."""
+    """Write every file of a checkpoint, and flush them to the disk. Raises OSError naming the file that was refused."""
     for name, arrays in ((MODEL, model), (OPTIMIZER, optimizer)):
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, directory / name)
-    (directory / STATE).write_text(json.dumps({"step": step, **state}, indent=1, allow_nan=False))
-    (directory / MANIFEST).write_text(manifest_of(directory))
+        try:
+            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, directory / name)
+        except SafetensorError as error:
+            raise OSError(f"{name}: {error}") from error
+    with naming(directory / STATE):
+        (directory / STATE).write_text(json.dumps({"step": step, **state}, indent=1, allow_nan=False))
+    with naming(directory / MANIFEST):
+        (directory / MANIFEST).write_text(manifest_of(directory))
     for name in (*CONTENTS, MANIFEST):
         sync(directory / name)
     sync(directory)

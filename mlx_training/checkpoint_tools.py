@@ -202,7 +202,7 @@ def _misfits(path: Path, expected: Shapes | None, sha256: str | None) -> list[Pr
     state = json.loads((path / STATE).read_text())
     wanted: dict[str, Shapes] = {MODEL: expected}
     wrong: list[str] = []
-    if "progress" in state:  # else weights alone, such as an imported file
+    if "progress" in state or safetensors_header(path / OPTIMIZER)[0]:  # else weights alone, as of an imported file
         wanted[OPTIMIZER] = {f"{name}.{k}": shape for name, shape in expected.items() for k in "mv"} | {"step": ()}
         wrong = wrong_progress(state, state["step"])
     found: list[Problem] = [{"file": STATE, "problem": text, "expected": None, "found": None} for text in wrong]

@@ -16,7 +16,7 @@ from mlx_training.errors import DataError
 from mlx_training.generate import greedy
 from mlx_training.metrics import answer_metrics
 from mlx_training.objectives.lm import lm
-from mlx_training.run_directory import write_atomic
+from mlx_training.run_directory import full_disk_explained, write_atomic
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def evaluate_run(
         metrics, predictions = evaluator.report("", loaded.data.read(data))
         where = f"file_{data.stem}"
     if loaded.config.evaluation.save_predictions and predictions:
-        save_predictions(run / f"predictions_{where}.jsonl", predictions)
+        with full_disk_explained(run):
+            save_predictions(run / f"predictions_{where}.jsonl", predictions)
     return metrics
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_training.run_directory import write_atomic
+from mlx_training.run_directory import naming, write_atomic
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
@@ -36,13 +36,15 @@ class JsonLines:
         self.file = None if lazy else path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
-        self.file = self.file or self.path.open("a", encoding="utf-8")
-        self.file.write(_line(record))
-        self.file.flush()
+        with naming(self.path):
+            self.file = self.file or self.path.open("a", encoding="utf-8")
+            self.file.write(_line(record))
+            self.file.flush()
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with naming(self.path):  # what could not be written is tried again
+                self.file.close()
 
 
 def set_aside(path: Path) -> None:

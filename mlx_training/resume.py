@@ -47,17 +47,21 @@ def locked(directory: str | Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(path)
-        file.truncate(0)
-        file.write(json.dumps(holder) + "\n")
-        file.flush()
     except OSError as error:
         raise unwritable(directory, error) from error
     try:
+        try:
+            file.truncate(0)
+            file.write(json.dumps(holder) + "\n")
+            file.flush()
+        except OSError as error:
+            raise unwritable(directory, error) from error
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is held: nobody else can have locked this very file
-        file.close()
+        with contextlib.suppress(OSError):  # a note that a full disk did not take
+            file.close()
 
 
 def _lock(path: Path) -> TextIO:

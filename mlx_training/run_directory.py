@@ -36,8 +36,9 @@ def claim_run_directory(directory: str | Path, resume: bool) -> Path:
 
 def unwritable(directory: str | Path, error: OSError) -> ConfigError:
     """What to raise when a run directory cannot be made or written."""
+    advice = "Free space on that disk, or set" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Set"
     return ConfigError(
-        f"output_dir: {directory} cannot be written ({error.strerror or error}). Set output_dir to a directory "
+        f"output_dir: {directory} cannot be written ({error.strerror or error}). {advice} output_dir to a directory "
         "you can write to."
     )
 
@@ -45,13 +46,24 @@ def unwritable(directory: str | Path, error: OSError) -> ConfigError:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a small file: readers see the old content or the new, never a part."""
     temporary = path.with_name(f".tmp-{path.name}")
+    with naming(path):
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of writing name this file: one of a file that is open already names none."""
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_training.errors import DataError
+from mlx_training.run_directory import naming
 
 SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
@@ -222,7 +223,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path | str) -> T
     model.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
@@ -230,5 +230,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: Path | str) -> T
         "pad_token": "<pad>",
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    texts = {"tokenizer.json": model.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+    for name, text in texts.items():  # not by the library, whose errors of a full disk are no OSError
+        with naming(directory / name):
+            (directory / name).write_text(text, encoding="utf-8")
     return Tokenizer.load(directory)

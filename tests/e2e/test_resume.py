@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_training import tracking, trainer
+from mlx_training import evaluate, tracking, trainer
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import load_config
 from mlx_training.errors import CheckpointError, ConfigError, DivergedError
-from tests.e2e.workbench import CONFIG, Workbench, contents, metrics
+from tests.e2e.workbench import CONFIG, DATA, Workbench, contents, metrics
 
 
 def state(run: Path) -> dict[str, bytes | list[dict[str, Any]]]:
@@ -412,6 +412,16 @@ def test_a_disk_that_refuses_other_files(tiny: Workbench, place: str, monkeypatc
         code, out, err = tiny.main("train", tiny.config)
     assert (code, out) == (3, "") and "cannot be written: No space left on device. " in err and "Traceback" not in err
     assert tiny.train("--resume", "auto")["steps"] == 4
+
+
+def test_predictions_that_a_disk_refuses(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, _: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    tiny.train()
+    monkeypatch.setattr(evaluate, "write_atomic", refuse)
+    message = tiny.refused(DATA, "evaluate", tiny.run)
+    assert "predictions_test.jsonl: cannot be written: Read-only file system." in message
 
 
 def refuse_if(name: str, write: Any, refuse: Any) -> Any:
