@@ -83,6 +83,15 @@ class CheckpointStore:
 
         Raises CheckpointError naming the bad file, what was expected of it, and the newest good checkpoint.
         """
+        while True:
+            name = self.pointer(str(which))
+            try:
+                return self._load(which)
+            except (CheckpointError, FileNotFoundError):
+                if self.pointer(str(which)) == name:
+                    raise  # else the run goes on: it has dropped that checkpoint, and named another
+
+    def _load(self, which: str | Path) -> Checkpoint:
         path = self._pointed(which) if which in ("latest", "best") else Path(which)
         if path is None:
             raise CheckpointError(
@@ -192,9 +201,10 @@ class CheckpointStore:
 
     def _pointed(self, which: str | Path) -> Path | None:
         """The directory a pointer names. Without a usable `latest`, the newest directory."""
+        name = self.pointer(str(which)) or ""  # before the list: what it names is dropped after it names another
         paths = {path.name: path for path in self.paths()}
         newest = next(reversed(paths.values()), None) if which == "latest" else None
-        return paths.get(self.pointer(str(which)) or "", newest)
+        return paths.get(name, newest)
 
     def _point(self, which: str, checkpoint: Path) -> None:
         if (path := self.directory / which).is_dir():
@@ -214,7 +224,7 @@ class CheckpointStore:
         past = [p for p in self.paths() if int(p.name.removeprefix("step_")) <= step]
         for path in self.paths():
             if path not in past[-keep:] and path != best:
-                shutil.rmtree(path)
+                path.rename(self.directory / f".tmp-dropped-{path.name}")  # whole, or gone: others may be reading it
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:

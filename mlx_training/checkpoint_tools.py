@@ -5,7 +5,7 @@ Exporting is `export.py`; how the results look is `checkpoint_text.py`.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,25 +36,24 @@ def list_checkpoints(run: Path) -> dict[str, Any]:
     """Every checkpoint of a run, oldest first; sizes are compared with the manifest's, sums are not."""
     store = _store(run)
     names = {which: _pointed(store, which) for which in ("latest", "best")}
-    found = []
-    for path in store.paths():
-        try:
-            size = sum(file.lstat().st_size for file in path.iterdir())
-            saved = (path / MANIFEST if (path / MANIFEST).is_file() else path).stat().st_mtime
-        except FileNotFoundError:  # the run goes on, and has just dropped it
-            continue
-        found.append(
-            {
-                "name": path.name,
-                "path": str(path),
-                "step": _step(path),
-                "bytes": size,
-                "saved": datetime.fromtimestamp(saved).astimezone().isoformat(timespec="seconds"),
-                "latest": path.name == names["latest"],
-                "best": path.name == names["best"],
-                "complete": _is_complete(path),
-            }
-        )
+
+    def entry(path: Path) -> dict[str, Any]:
+        size = sum(file.lstat().st_size for file in path.iterdir())
+        saved = (path / MANIFEST if (path / MANIFEST).is_file() else path).stat().st_mtime
+        return {
+            "name": path.name,
+            "path": str(path),
+            "step": _step(path),
+            "bytes": size,
+            "saved": datetime.fromtimestamp(saved).astimezone().isoformat(timespec="seconds"),
+            "latest": path.name == names["latest"],
+            "best": path.name == names["best"],
+            "complete": _is_complete(path),
+        }
+
+    found = _of_each(store.paths, entry)
+    if found and not any(item["latest"] for item in found):
+        found[-1]["latest"] = True  # the run has gone on since: without a usable `latest` the newest, as in resuming
     return {"run": str(run), "checkpoints": found}
 
 
@@ -65,17 +64,16 @@ def verify_checkpoints(path: Path) -> dict[str, Any]:
     """
     single = _is_checkpoint(path)
     store = CheckpointStore(run_of(path)) if single else _store(path)
-    paths = [path] if single else store.paths()
-    if not paths:
-        raise CheckpointError(f"{path}: no checkpoint to verify: expected {path}/checkpoints/step_...; none was saved")
     expected, sha256, note = _expected(store.directory.parent)
-    checked = []
-    for checkpoint in paths:
+
+    def entry(checkpoint: Path) -> dict[str, Any]:
         problems = _problems(checkpoint) or _misfits(checkpoint, expected, sha256)
-        if not checkpoint.is_dir():  # the run goes on, and has just dropped it
-            continue
-        entry = {"name": checkpoint.name, "path": str(checkpoint), "step": _step(checkpoint)}
-        checked.append(entry | {"ok": not problems, "problems": problems})
+        about = {"name": checkpoint.name, "path": str(checkpoint), "step": _step(checkpoint)}
+        return about | {"ok": not problems, "problems": problems}
+
+    checked = _of_each(lambda: [path] if single and path.is_dir() else [] if single else store.paths(), entry)
+    if not checked:
+        raise CheckpointError(f"{path}: no checkpoint to verify: expected {path}/checkpoints/step_...; none was saved")
     pointers = [] if single else _lost_pointers(store)
     healthy = not pointers and all(entry["ok"] for entry in checked)
     return {"path": str(path), "ok": healthy, "shapes": note, "checkpoints": checked, "pointers": pointers}
@@ -131,7 +129,25 @@ def _pointed(store: CheckpointStore, which: str) -> str | None:
     return name if name in names else newest
 
 
+def _of_each(paths: Callable[[], list[Path]], entry: Callable[[Path], dict[str, Any]]) -> list[dict[str, Any]]:
+    """An entry for every checkpoint, without those that a run that goes on drops meanwhile."""
+    while found := paths():
+        entries = []
+        for path in found:
+            try:
+                made = entry(path)
+            except FileNotFoundError:
+                if path.is_dir():
+                    raise
+            if path.is_dir():
+                entries.append(made)
+        if entries:
+            return entries
+    return []
+
+
 def _lost_pointers(store: CheckpointStore) -> list[Problem]:
+    lost = store.lost_pointers()
     names = [path.name for path in store.paths()]
     return [
         {
@@ -140,7 +156,8 @@ def _lost_pointers(store: CheckpointStore) -> list[Problem]:
             "expected": names,
             "found": store.pointer(which),
         }
-        for which, sentence in store.lost_pointers().items()
+        for which, sentence in lost.items()
+        if store.lost_pointers().get(which) == sentence  # else the run goes on
     ]
 
 

@@ -68,13 +68,14 @@ def _lock(path: Path) -> TextIO:
     """The lock file, open and locked."""
     while True:
         file = open(  # noqa: SIM115  held as long as the run
-            os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8"
+            os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8", errors="replace"
         )
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
+                time.sleep(0.2)  # its holder may have only just begun: then another's name, or none, stands there
                 raise ConfigError(_held(path.parent, file.read())) from None
         except OSError:  # a file system without locks: the file is a note there
             return file
