@@ -29,6 +29,7 @@ TRIALS: dict[str, tuple[int, str]] = {
     "kills": (8, "kill -9 at random moments, in all"),
     "damage": (60, "injected damages, in all"),
     "disk": (22, "disks that are full or read-only, in all"),
+    "locks": (6, "rounds of processes started together, and of readers"),
     "soak": (400, "steps of every family on every backend"),
 }
 
