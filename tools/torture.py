@@ -29,6 +29,7 @@ TRIALS: dict[str, tuple[int, str]] = {
     "kills": (8, "kill -9 at random moments, in all"),
     "damage": (60, "injected damages, in all"),
     "disk": (22, "disks that are full or read-only, in all"),
+    "relay": (5, "steps of each of four legs, MLX, torch, MLX, torch"),
     "locks": (6, "rounds of processes started together, and of readers"),
     "soak": (400, "steps of every family on every backend"),
 }
@@ -36,6 +37,7 @@ TRIALS: dict[str, tuple[int, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials that were asked for; 1 when anything failed."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # two threads under load: 100 times slower
     sys.path.insert(0, str(ROOT))  # so that `python tools/torture.py` finds its trials and this checkout
     from mlx_training.environment import installed_backends
 
