@@ -116,11 +116,11 @@ def _read_override(text: str) -> Document:
     key, equals, value = text.partition("=")
     path = tuple(key.split("."))
     if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in path):
-        return Document({}, {}, [f"override: {text!r} is not key=value, as in training.batch_size=8"])
+        return Document({}, {}, [f"override: {text[:60]!r} is not key=value, as in training.batch_size=8"])
     try:
         data = parse_value(value, "override")
     except ConfigError as error:
-        return Document({}, {}, [f"override: {key}: given {value!r}; {str(error).removeprefix('override:1: ')}"])
+        return Document({}, {}, [f"override: {key}: given {value[:60]!r}; {str(error).removeprefix('override:1: ')}"])
     where: dict[KeyPath, str] = {path: "override"}
     _mark(data, path, where)
     for part in reversed(path):

@@ -101,6 +101,8 @@ def _check_values(config: dict[str, Any], source: str) -> None:
         (NUMBERS, lambda value: is_size(value) or (isinstance(value, float) and value > 0), "a positive number"),
         (SWITCHES, lambda value: isinstance(value, bool), "true or false"),
         (MAPPINGS, lambda value: isinstance(value, dict), "a mapping"),
+        (("layer_types",), lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v), "a list of texts"),
+        (("sliding_window_pattern", "_sliding_window_pattern"), is_size, "a positive whole number"),
         (("bos_token_id",), is_id, "an id"),
         (("eos_token_id",), lambda v: all(map(is_id, v)) if isinstance(v, list) else is_id(v), "an id or several"),
     )
@@ -122,24 +124,34 @@ def _check_values(config: dict[str, Any], source: str) -> None:
         )
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
 def _normalize_rope(config: dict[str, Any], source: str) -> None:
     """`rope_parameters` (flat, or one mapping per attention type) -> `rope_theta`, `rope_scaling`."""
     parameters = config.pop("rope_parameters", None) or {}
+    if not all(isinstance(parameters.get(kind) or {}, dict) for kind in ("sliding_attention", "full_attention")):
+        raise ConfigError(f"{source}: rope_parameters = {parameters!r}; expected a mapping for each kind of attention")
     local = parameters.get("sliding_attention")
     if local:
+        if not _is_positive(local.get("rope_theta")):
+            raise ConfigError(f"{source}: rope_parameters of sliding_attention lack a positive rope_theta")
         config.setdefault("rope_local_base_freq", local["rope_theta"])
         if local.get("rope_type", "default") != "default":
             raise ConfigError(f"{source}: scaled RoPE in sliding layers is not supported; given {local}")
-    parameters = dict(parameters.get("full_attention", parameters))
+    parameters = dict(parameters.get("full_attention") or parameters)
     if "rope_theta" in parameters:
-        config.setdefault("rope_theta", parameters.pop("rope_theta"))
+        if not _is_positive(theta := parameters.pop("rope_theta")):
+            raise ConfigError(f"{source}: rope_theta = {theta!r}; expected a positive number")
+        config.setdefault("rope_theta", theta)
 
     scaling = dict(config.get("rope_scaling") or parameters)
     rope_type = scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
-    if rope_type not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         raise ConfigError(f"{source}: RoPE type {rope_type!r} is not supported; tested: {', '.join(ROPE_KEYS)}")
-    if missing := [key for key in ROPE_KEYS[rope_type] if key not in scaling]:
-        raise ConfigError(f"{source}: RoPE scaling {rope_type!r} lacks {', '.join(missing)}")
+    if missing := [key for key in ROPE_KEYS[rope_type] if not _is_positive(scaling.get(key))]:
+        raise ConfigError(f"{source}: RoPE scaling {rope_type!r} lacks a positive {' and '.join(missing)}")
     if (scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigError(f"{source}: partial_rotary_factor must be 1.0")
     config["rope_scaling"] = None if rope_type == "default" else scaling
@@ -177,5 +189,5 @@ def _check_quantization(config: dict[str, Any], source: str) -> None:
     if quantization is None:
         return
     blocks = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]
-    if modes := {block.get("mode", "affine") for block in blocks} - {"affine"}:
+    if modes := [mode for block in blocks if (mode := block.get("mode", "affine")) != "affine"]:
         raise ConfigError(f"{source}: quantisation mode {', '.join(map(repr, modes))}; only 'affine' is supported")

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.json_text import parse_json
 from mlx_training.llm_config import normalize_llm_config
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -92,7 +92,9 @@ def read_llm_config(directory: Path) -> dict[str, Any]:
         what = "has no config.json" if path.parent.is_dir() else "does not exist"
         raise CheckpointError(f"{directory} {what}; expected a model directory in Hugging Face or MLX format")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"the top level is a {type(config).__name__}, expected an object")
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download the model again") from None
     return normalize_llm_config(config, source=str(path))
@@ -108,7 +110,7 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(map(str, {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}))
+            names = sorted(map(str, {*parse_json(index.read_bytes())["weight_map"].values()}))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{index} has no weight_map of file names; download it again") from None
         missing = [name for name in names if not (directory / name).is_file()]
@@ -134,14 +136,28 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8) if start <= size else b"")
-        header.pop("__metadata__", None)
-        expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{path} ({size} bytes) is not a safetensors file; download it again") from None
+            header = parse_json(file.read(start - 8) if start <= size else b"")
+    except ValueError:
+        header = None
+    entries: dict[str, Any] = header if isinstance(header, dict) else {"": None}
+    entries.pop("__metadata__", None)
+    if not all(map(_is_entry, entries.values())):
+        raise CheckpointError(f"{path} ({size} bytes) is not a safetensors file; download it again")
+    expected = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != expected:
         raise CheckpointError(f"{path} has {size} bytes where its header announces {expected}; download it again")
-    return header, start
+    return entries, start
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry says what it must of an array."""
+
+    def holds_sizes(key: str) -> bool:
+        value = entry.get(key)
+        return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+    is_described = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
+    return is_described and holds_sizes("shape") and holds_sizes("data_offsets") and len(entry["data_offsets"]) == 2
 
 
 def match_weights(

@@ -21,6 +21,7 @@ MAX_VALUES = 10_000  # values after aliases are expanded: a "billion laughs" fil
 
 _INT = re.compile(r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_UNWRITABLE = re.compile(r"[\0\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -115,6 +116,21 @@ def describe(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _writable(node: yaml.ScalarNode) -> str:
+    """The node's text, unless it holds what no file name or terminal takes."""
+    if found := _UNWRITABLE.search(node.value):
+        problem = f"a text with the character {found[0]!r}, which cannot be written"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return node.value
+
+
+def _bounded(number: int) -> int:
+    """A number of at most 64 bits: ValueError for others, which nothing could count."""
+    if abs(number) >= 2**63:
+        raise ValueError(number.bit_length())
+    return number
+
+
 def _parse(text: str, file: str) -> tuple[Any, Document]:
     document = Document({})
     try:
@@ -159,7 +175,7 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.document.problems.append(f"{place}: a key must be text, not a list or a mapping")
                 continue
-            key = key_node.value  # text however it looks: `1: one` has the key "1"
+            key = _writable(key_node)  # text however it looks: `1: one` has the key "1"
             name = ".".join(map(str, (*path, key)))
             if key == "<<":
                 self.document.problems.append(f"{place}: {name}: merge keys are not read; use `extends:`")
@@ -174,18 +190,20 @@ class _Builder:
         tag, text = node.tag.removeprefix(_TAG), node.value
         try:
             if tag == "str":
-                return text
+                return _writable(node)
             if tag == "null":
                 return None
             if tag == "bool" and text.lower() in ("true", "false"):
                 return text.lower() == "true"
             if tag == "int":
-                return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+                return _bounded(int(text, {"0x": 16, "0o": 8}.get(text[:2], 10)))
             if tag == "float":
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
         except ValueError:
             pass
-        raise yaml.MarkedYAMLError(problem=f"{text!r} cannot be read as {node.tag!r}", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(
+            problem=f"{text[:60]!r} cannot be read as {node.tag!r}", problem_mark=node.start_mark
+        )
 
     def _where(self, node: yaml.Node) -> str:
         return f"{self.file}:{node.start_mark.line + 1}"

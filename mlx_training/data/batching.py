@@ -93,10 +93,10 @@ class Batches(Generic[RowT, ItemT]):
 
         The thread ends when the generator is closed or exhausted; its exceptions are raised here.
         """
-        ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=depth)
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         closed = threading.Event()
 
-        def put(value: Batch | Exception | None) -> None:
+        def put(value: Batch | BaseException | None) -> None:
             while not closed.is_set():
                 try:
                     return ready.put(value, timeout=0.1)
@@ -110,14 +110,14 @@ class Batches(Generic[RowT, ItemT]):
                     put(self.batch(index))
                     index += 1
                 put(None)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the consumer raises it
+            except BaseException as error:  # noqa: BLE001  # whatever it is (a panic of Rust, too), the consumer raises it
                 put(error)
 
         thread = threading.Thread(target=work, name="batches", daemon=True)
         thread.start()
         try:
             while (value := ready.get()) is not None:
-                if isinstance(value, Exception):
+                if isinstance(value, BaseException):
                     raise value
                 yield value
         finally:

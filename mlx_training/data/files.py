@@ -3,12 +3,13 @@
 import ast
 import csv
 import io
-import json
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_training.errors import DataError
+from mlx_training.json_text import parse_json, what_is_wrong
 
 
 def require_file(path: Path) -> Path:
@@ -35,9 +36,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line") from error
+            value = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({what_is_wrong(error)}); one object per line") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: expected an object; got {describe(value)}")
         yield where, value
@@ -52,10 +53,10 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert to JSONL") from error
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
-    for number, value in enumerate(table.to_pylist(), start=1):
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter two: texts, dates
+        raise DataError(f"{path}: not a readable parquet file ({str(error)[:300]})") from error
+    for number, value in enumerate(values, start=1):
         yield f"{path}:row {number}", value
 
 
@@ -84,14 +85,18 @@ def parse_list(value: Any, where: str, field: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return parse_json(value)
+    except ValueError:
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError) as error:
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as error:
             raise DataError(f"{where}: field {field!r} is not a list: {value[:60]!r}") from error
 
 
 def describe(value: Any) -> str:
     """Type and beginning of a wrong value, for messages."""
-    return f"{type(value).__name__} {str(value)[:60]!r}"
+    try:
+        shown = value if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        shown = "too long to show"
+    return f"{type(value).__name__} {shown[:60]!r}"

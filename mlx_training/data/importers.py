@@ -6,8 +6,6 @@ The keyword arguments of an importer are what `dataset.options` may hold for its
 import difflib
 import inspect
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +22,13 @@ from mlx_training.data.files import (
     read_json_lines,
     read_parquet,
     read_text,
-    require_file,
 )
-from mlx_training.data.rows import Row, nonempty, numbers_from, read_rows
+from mlx_training.data.npz_file import read_npz
+from mlx_training.data.rows import Row, checked, numbers_from, read_rows
 from mlx_training.data.series import check_series
 from mlx_training.data.ts_file import read_ts
 from mlx_training.errors import ConfigError, DataError
+from mlx_training.json_text import parse_json, what_is_wrong
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".ts": "ts", ".npz": "npz", ".csv": "csv"}
 QUESTION = "Which class does this recording belong to?"
@@ -53,7 +52,7 @@ def load_rows(path: Path | str, format: str = "auto", **options: Any) -> list[Ro
     for name in options:
         if name not in allowed:
             raise ConfigError(f"dataset.options: format {format!r} has no option {name!r}{_hint(name, allowed)}")
-    return nonempty(FORMATS[format](path, **options), path)
+    return checked(FORMATS[format](path, **options), path)
 
 
 def jsonl(path: Path) -> list[Row]:
@@ -72,9 +71,10 @@ def timeseriesexam(path: Path, *, answer_with: Literal["text", "letter"] = "text
     The options stand in the prompt, the answer is the option's text or its letter, `type` is the category.
     """
     try:
-        items = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+        items = parse_json(read_text(path))
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{line}: not JSON ({what_is_wrong(error)})") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: expected a JSON list of questions; got {type(items).__name__}")
     with_letter = answer_with == "letter"
@@ -160,19 +160,14 @@ def _npz_arrays(
     path: Path, x: str, y: str, labels: str, group: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]:
     """Windows (n, T, C), the class of each as a label, its group, and all labels."""
-    require_file(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a readable npz archive of plain arrays ({error})") from error
+    arrays = read_npz(path)
     for name in (x, y):
         if name not in arrays:
             raise DataError(f"{path}: no array {name!r} (it holds {', '.join(arrays)}); name it in dataset.options")
     windows, classes, groups = arrays[x], arrays[y], arrays.get(group)
     if windows.ndim == 2:
         windows = windows[:, :, None]
-    if windows.ndim != 3 or windows.dtype.kind not in "fiu":
+    if windows.ndim != 3 or windows.dtype.kind not in "fiu" or not windows.size:
         raise DataError(
             f"{path}: {x} must be numbers of shape (n, T) or (n, T, C); got {windows.dtype} {windows.shape}"
         )
@@ -181,6 +176,8 @@ def _npz_arrays(
             raise DataError(f"{path}: {name} has shape {array.shape}; expected ({len(windows)},), one entry per window")
     if labels in arrays:
         names = arrays[labels]
+        if names.ndim != 1:
+            raise DataError(f"{path}: {labels} has shape {names.shape}; expected a list of names, (n,)")
         if classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= len(names):
             raise DataError(f"{path}: {y} must hold indices into {labels} (0..{len(names) - 1})")
         return windows, names[classes], groups, [str(name) for name in names]

@@ -107,13 +107,30 @@ def read_rows(path: Path | str, read: Reader | None = None) -> list[Row]:
     """
     path = Path(path)
     read = read or (read_parquet if path.suffix == ".parquet" else read_json_lines)
-    return nonempty([row_from_dict(data, where) for where, data in read(path)], path)
+    return checked([row_from_dict(data, where) for where, data in read(path)], path)
 
 
-def nonempty(rows: list[Row], path: Path) -> list[Row]:
-    """`rows`, or a DataError when there are none."""
+def checked(rows: list[Row], path: Path) -> list[Row]:
+    """`rows`, or a DataError when there are none, or a text holds half a character (a lone surrogate)."""
     if not rows:
         raise DataError(f"{path}: no rows; a data file needs at least one")
+    for row in rows:
+        texts = (
+            row.pre_prompt,
+            *row.series_text,
+            row.post_prompt,
+            row.answer,
+            *row.options,
+            row.id,
+            row.group,
+            row.type,
+        )
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}: {row.name}: a text holds half a character ({error.object[error.start]!r}); write it out"
+            ) from error
     return rows
 
 

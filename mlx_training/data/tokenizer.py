@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_training.errors import DataError
+from mlx_training.json_text import parse_json
 from mlx_training.run_directory import naming
 
 SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -155,8 +156,8 @@ def _tokenizer_file(path: Path) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = parse_json(file.read_bytes())
+    except ValueError as error:
         raise DataError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"{file}: expected an object; got {type(value).__name__}")

@@ -27,7 +27,7 @@ def read_ts(path: Path) -> tuple[list[Recording], list[str]]:
         if in_data:
             recordings.append(_recording(line, header, where))
         elif line.startswith("@"):
-            name, *values = line[1:].split()
+            name, *values = line[1:].split() or [""]
             header[name.lower()] = values
             if name.lower() == "data":
                 _check_header(header, path)
@@ -40,10 +40,16 @@ def read_ts(path: Path) -> tuple[list[Recording], list[str]]:
 
 
 def _check_header(header: dict[str, list[str]], path: Path) -> None:
-    if header.get("timestamps", ["false"])[0].lower() == "true":
+    if _first(header, "timestamps") == "true":
         raise DataError(f"{path}: series with time stamps are not supported; export them at a fixed rate")
-    if header.get("classlabel", ["false"])[0].lower() != "true":
+    if _first(header, "classlabel") != "true":
         raise DataError(f"{path}: no class labels ('@classLabel true ...' is missing); only classification is imported")
+    if not _first(header, "dimensions", "1").isdecimal():
+        raise DataError(f"{path}: '@dimensions {' '.join(header['dimensions'])}': expected the number of channels")
+
+
+def _first(header: dict[str, list[str]], name: str, default: str = "false") -> str:
+    return next(iter(header.get(name, [default])), "").lower()
 
 
 def _recording(line: str, header: dict[str, list[str]], where: str) -> Recording:

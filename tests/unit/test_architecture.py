@@ -27,7 +27,7 @@ CONFIGURATION = {
 }
 ROOMS = (
     {"errors"},
-    {"spec", "blas", "environment", "llm_config", "torch_archive"} | CONFIGURATION,
+    {"spec", "blas", "environment", "llm_config", "torch_archive", "json_text"} | CONFIGURATION,
     {
         "init",
         "json_lines",

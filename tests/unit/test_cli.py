@@ -126,6 +126,7 @@ def test_exit_codes(raised, code, monkeypatch, capsys):
         (["checkpoint", "verify", "nowhere"], 3, "RUN|CHECKPOINT 'nowhere' is not a directory"),
         (["checkpoint", "diff", ".", "nowhere"], 3, "B 'nowhere' is not a directory; give the output_dir of a"),
         (["checkpoint", "export", "nowhere", "--to", "x", "--format", "hf"], 3, "RUN 'nowhere' is not a directory"),
+        (["validate", "x" * 5000], 3, "File name too long"),
         (["train", "missing.yaml"], 2, "no configuration 'missing.yaml'"),
         (["train", "quick_test", "training.max_steps=x"], 2, "override: training.max_steps: given the text 'x'"),
         (["train", "quick_test", "nonsense"], 2, "'nonsense' is not key=value"),

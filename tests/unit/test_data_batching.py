@@ -95,6 +95,17 @@ def test_prefetch_raises_what_the_thread_raised() -> None:
     assert not prefetch_threads()
 
 
+def test_prefetch_hands_over_what_is_no_exception() -> None:
+    class Panic(BaseException):
+        """As a library in Rust raises it."""
+
+    def encode(item: np.ndarray) -> np.ndarray:
+        raise Panic
+
+    with pytest.raises(Panic):
+        next(Batches(DATASET, encode, 4, 0, collate).prefetch(0))
+
+
 def test_evaluation_sees_every_row_once_by_length() -> None:
     chosen = list(eval_batches(DATASET, lambda item: item, 8, collate))
     assert [len(b.rows) for b in chosen] == [8] * 6 + [2]

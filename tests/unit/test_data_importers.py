@@ -221,6 +221,33 @@ def test_ts_errors(tmp_path: Path, content: str, message: str) -> None:
         load_rows(path, "ts")
 
 
+NESTED = "[" * 100_000 + "]" * 100_000
+TEXTS = '{"pre_prompt": %s, "series": [%s], "series_text": [""], "post_prompt": ""}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", TEXTS % ('""', NESTED), r"a.jsonl:1: not JSON \(nested more than 64 levels deep\)"),
+        ("a.jsonl", TEXTS % ('""', "[" + "9" * 10_000 + "]"), "a.jsonl:1: not JSON"),
+        ("a.jsonl", TEXTS % ('"\\ud800"', "[1]"), "a.jsonl:1: not JSON .half a character"),
+        ("a.jsonl", TEXTS % (NESTED[:20] + NESTED[-20:], "[1]"), "field 'pre_prompt' must be text; got list"),
+        ("a.jsonl", TEXTS % ('""', "[" + "9" * 400 + "]"), "must be a list of numbers"),
+        ("a.csv", f'label,series\na,"{NESTED}"\n', "a.csv:2: field 'series' is not a list"),
+        ("a.csv", 'label,series\na,"{[]: 1}"\n', "a.csv:2: field 'series' is not a list"),
+        ("a.csv", 'label,series\na,"0x' + "f" * 5000 + '"\n', "a.csv:2: field 'series' must be a list of numbers"),
+        ("a.ts", "@dimensions x\n@classLabel true a\n@data\n1:a\n", "expected the number of channels"),
+        ("a.ts", "@dimensions\n@classLabel true a\n@data\n1:a\n", "expected the number of channels"),
+        ("a.ts", "@timeStamps\n@classLabel\n@data\n1:a\n", "no class labels"),
+        ("a.ts", "@\n", "no '@data' line"),
+    ],
+)
+def test_what_parsers_trip_over(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    with pytest.raises(DataError, match=message):
+        load_rows(tmp_path / name)
+
+
 def test_npz(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     windows = np.arange(12.0).reshape(2, 3, 2)

@@ -141,7 +141,7 @@ def test_damaged_weights(model):
         (LLAMA | {"hidden_act": "relu"}, "hidden_act = 'relu'; only 'silu'"),
         ({"model_type": "llama", "hidden_size": 64}, "lacks intermediate_size, num_hidden_layers"),
         (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE type 'yarn'"),
-        (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3' lacks factor"),
+        (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "'llama3' lacks a positive factor"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (LLAMA | {"layer_types": ["sliding_attention"] * 2}, "for gemma3_text only"),
         (LLAMA | {"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096; only None"),
@@ -191,6 +191,44 @@ def test_absent_keys_mean_what_transformers_means():
         for key in ("query_pre_attn_scalar", "layer_types"):
             if model_type == "gemma3_text":
                 assert ours[key] == getattr(theirs, key)
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"', "1", "[" * 100_000, "9" * 10_000])
+def test_a_configuration_that_is_no_object(model, content):
+    (model / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config.json is not valid JSON"):
+        read_llm_config(model)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "1", "[" * 100_000, '{"a": 1}', '{"a": {"dtype": "F32", "shape": [3], "data_offsets": []}}']
+    + ['{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 12]}}', '{"a": {"dtype": 1, "shape": [3]}}']
+    + ['{"a": {"dtype": "F32", "shape": [-3], "data_offsets": [0, 12]}}'],
+)
+def test_a_header_that_describes_no_arrays(model, header):
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(12)
+    (model / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        weight_files(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization": {"group_size": 32, "bits": 4, "mode": ["affine"]}},
+        {"rope_scaling": {"rope_type": ["llama3"]}},
+        {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+        {"rope_parameters": {"rope_theta": "x"}},
+        {"rope_parameters": {"sliding_attention": 3}},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default"}}},
+        {"layer_types": [["full_attention"]]},
+        {"layer_types": 3},
+    ],
+)
+def test_values_of_another_kind(change):
+    with pytest.raises(ConfigError):
+        normalize_llm_config(LLAMA | change, "config.json")
 
 
 def test_packed_layers_are_read_off_the_shapes():

@@ -88,6 +88,23 @@ def test_unreadable_files_say_where_and_why(text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a: "x\\0"', r"f.yaml:1: not valid YAML: a text with the character '\\x00'"),
+        ('"\\ud800": 1', "cannot be written"),
+        ("a: 0x" + "f" * 5000, "cannot be read as"),
+        ("a: 9223372036854775808", "cannot be read as"),
+        ("a: " + "9" * 5000, "cannot be read as"),
+        ("a: " + "[" * 100_000, "nested more than"),
+    ],
+)
+def test_what_no_file_or_counter_takes(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_yaml(text, "f.yaml")
+    assert len(str(caught.value)) < 200
+
+
 @pytest.mark.parametrize("text", ["{<<: {b: 1}}", "{[1]: 2}"])
 def test_keys_that_are_not_read(text):
     assert parse_yaml(text, "f.yaml").problems
