@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from mlx_training.errors import CheckpointError
+from mlx_training.json_text import parse_json
 from mlx_training.run_directory import naming, sync
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -67,7 +68,7 @@ def verify(path: Path) -> list[str]:
     problems = []
     if written != found.encode():
         try:
-            files = json.loads(written)["files"]
+            files = parse_json(written)["files"]
             for name, given in json.loads(found)["files"].items():
                 for key in ("size", "sha256"):
                     if files[name][key] != given[key]:
@@ -84,7 +85,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     problems = verify(path)
     if problems:
         raise CheckpointError(f"{path}: damaged checkpoint.\n  " + "\n  ".join(problems))
-    state = json.loads((path / STATE).read_text())
+    state = parse_json((path / STATE).read_bytes())
     step = state.pop("step")
     return Checkpoint(step, load_file(path / MODEL), load_file(path / OPTIMIZER), state, path)
 
@@ -113,7 +114,7 @@ def _wrong_state(path: Path) -> list[str]:
     """What is wrong with the part of `state.json` that every checkpoint has."""
     named = STEP_DIRECTORY.fullmatch(path.name)
     try:
-        state = json.loads((path / STATE).read_text())
+        state = parse_json((path / STATE).read_bytes())
         step, llm = state["step"], state.get("llm_sha256")
     except (AttributeError, *NOT_JSON_OF_OURS) as error:
         return [f"{STATE}: damaged: {type(error).__name__}: {error}"]
