@@ -17,6 +17,7 @@ from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import OPTIMIZER, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.json_text import parse_json
 from mlx_training.progress import wrong_progress
 from mlx_training.run_directory import unwritable
 
@@ -87,7 +88,7 @@ def _lock(path: Path) -> TextIO:
 
 def _held(directory: Path, content: str) -> str:
     try:
-        holder = json.loads(content)
+        holder = parse_json(content)
         who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
     except (ValueError, KeyError, TypeError):  # it has only just begun
         who = "another process"
@@ -149,7 +150,7 @@ def finished_result(
 def _finished(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The result beside the checkpoint; a run has one only while it ends there."""
     try:
-        result = json.loads((checkpoint.path.resolve().parents[1] / RESULT).read_text(encoding="utf-8"))
+        result = parse_json((checkpoint.path.resolve().parents[1] / RESULT).read_bytes())
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get("steps") == checkpoint.step else None
