@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training.run_directory import naming, write_atomic
+from mlx_training.json_text import parse_json
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
+NUMBERS = ("loss", "grad_norm", "skipped")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -60,12 +62,18 @@ def read_metrics(path: str | Path) -> list[Record]:
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # only the line a kill cut short; the step it belongs to is trained again
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(_restored(record))
+        if isinstance(record, dict) and _is_record(record := _restored(record)):
+            records.append(record)
     return records
+
+
+def _is_record(record: Record) -> bool:
+    """Whether what is counted and plotted is a number."""
+    numbers = [value for name, value in record.items() if name in NUMBERS or name.startswith("eval/")]
+    return type(record.get("step")) is int and all(isinstance(value, int | float) for value in numbers)
 
 
 def is_evaluation(record: Record) -> bool:

@@ -50,6 +50,22 @@ def test_resuming_truncates_to_the_checkpoint(tmp_path: Path) -> None:
     assert read_metrics(path) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"step": true}',
+        '{"step": 2, "loss": []}',
+        '{"step": 2, "grad_norm": "x"}',
+        '{"step": 2, "eval/loss": {}}',
+    ],
+)
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": "NaN"}}\n{line}\n')
+    assert [record["step"] for record in read_metrics(path)] == [1]
+
+
 def test_eta_counts_remaining_steps_at_the_current_pace() -> None:
     sink, stream, now = progress(1000)
     now[0] += 60  # one slow step: compilation
