@@ -4,7 +4,6 @@ Exporting is `export.py`; how the results look is `checkpoint_text.py`.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlx_training.checkpoint_files import (
     verify,
 )
 from mlx_training.errors import CheckpointError, UserError
+from mlx_training.json_text import parse_json
 from mlx_training.llm_source import safetensors_header
 from mlx_training.progress import wrong_progress
 
@@ -164,7 +164,7 @@ def _lost_pointers(store: CheckpointStore) -> list[Problem]:
 def _manifest(path: Path) -> dict[str, Any]:
     """{file: {"sha256", "size"}}; empty where the manifest cannot be read."""
     try:
-        return dict(json.loads((path / MANIFEST).read_bytes())["files"]) if (path / MANIFEST).is_file() else {}
+        return dict(parse_json((path / MANIFEST).read_bytes())["files"]) if (path / MANIFEST).is_file() else {}
     except NOT_JSON_OF_OURS:
         return {}
 
@@ -216,7 +216,7 @@ def _misfits(path: Path, expected: Shapes | None, sha256: str | None) -> list[Pr
     """Arrays of a whole checkpoint that are not those of the run's spec, and another frozen LM."""
     if expected is None:
         return []
-    state = json.loads((path / STATE).read_text())
+    state = parse_json((path / STATE).read_bytes())
     wanted: dict[str, Shapes] = {MODEL: expected}
     wrong: list[str] = []
     if "progress" in state or safetensors_header(path / OPTIMIZER)[0]:  # else weights alone, as of an imported file
