@@ -32,6 +32,7 @@ TRIALS: dict[str, tuple[int, str]] = {
     "relay": (5, "steps of each of four legs, MLX, torch, MLX, torch"),
     "locks": (6, "rounds of processes started together, and of readers"),
     "soak": (400, "steps of every family on every backend"),
+    "fuzz": (300, "spoilt configurations, rows and checkpoints"),
 }
 
 
