@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_training.run_directory import naming, write_atomic
 from mlx_training.json_text import parse_json
+from mlx_training.run_directory import naming, write_atomic
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
