@@ -1,6 +1,7 @@
 """`mlx-training checkpoint ls|verify|diff|export` on runs of both families and both backends."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -293,3 +294,28 @@ def test_a_file_this_program_never_wrote(bench: Workbench) -> None:
     (foreign / "manifest.json").write_text(checkpoint_files.manifest_of(foreign))
     report = verified(bench, store.directory / "step_00000004", 3)
     assert report["checkpoints"][0]["problems"][0]["file"] == "model.safetensors"
+
+
+@pytest.mark.parametrize("thing", ["pipe", "loop"])
+def test_what_is_no_file_is_not_waited_for(bench: Workbench, thing: str) -> None:
+    bench.train()
+    for name in ("model.safetensors", "manifest.json"):
+        path = step(bench, 4) / name
+        path.unlink()
+        os.mkfifo(path) if thing == "pipe" else path.symlink_to(name)
+    assert [item["complete"] for item in bench.json("checkpoint", "ls", bench.run)["checkpoints"]] == [True, False]
+    code, out, _ = bench.main("checkpoint", "verify", bench.run)
+    assert code == 3 and "model.safetensors: missing" in out and "manifest.json: missing" in out
+
+
+def test_verify_finds_a_state_that_cannot_be_gone_on_from(bench: Workbench) -> None:
+    bench.train()
+    path = step(bench, 4) / "state.json"
+    state = json.loads(path.read_text())
+    for wrong in (state | {"progress": state["progress"] | {"evaluated": 9}}, {"step": 4}):
+        path.write_text(json.dumps(wrong))
+        (path.parent / "manifest.json").write_text(checkpoint_files.manifest_of(path.parent))
+        (problem,) = json.loads(bench.main("checkpoint", "verify", path.parent, "--json")[1])["checkpoints"][0][
+            "problems"
+        ]
+        assert problem["file"] == "state.json"
