@@ -252,7 +252,7 @@ def _check_continuable(assembly: Assembly, checkpoint: Checkpoint) -> None:
 def _check_state(checkpoint: Checkpoint) -> None:
     if "progress" not in checkpoint.state:
         raise CheckpointError(
-            f"{checkpoint.path} holds weights, but no training that could be continued; "
+            f"{checkpoint.path} holds weights, but no training that could be continued ({STATE} has no progress); "
             "start from it: training.init_from instead of --resume"
         )
     if wrong := wrong_progress(checkpoint.state, checkpoint.step):
