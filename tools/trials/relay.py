@@ -6,9 +6,10 @@ raised from leg to leg, at a constant rate. Signals: SIGTERM comes in the last s
 with warm-up over all four. The backends change inside an epoch.
 
 Demanded, against each backend alone: every loss and every evaluation, the final report's too, within 1e-4 (relative
-above 1); every parameter and both moments within 1e-4 (‖a - b‖ / ‖b‖ of each array; of parameters the largest element
-too); and exactly the same steps, tokens, learning rates and evaluations. Left out is what has no true gradient
-(`Spec.zero_gradients`).
+above 1); every parameter (‖a - b‖ / ‖b‖ of each array, and its largest element) and each moment (‖a - b‖ / ‖b‖ over all
+parameters) within 1e-4; and exactly the same steps, tokens, learning rates and evaluations. A single array of moments
+may differ by more where the two backends, each alone, differ from each other: by no more than twice that. Left out is
+what has no true gradient (`Spec.zero_gradients`).
 """
 
 import contextlib
@@ -157,14 +158,18 @@ def relay(config: Path, ending: Ending, folder: Path) -> tuple[list[str], list[s
     accumulation, epoch = assembly.config.training.grad_accumulation_steps, assembly.data.train_batches().num_batches
     places = [end * ending.leg * accumulation % epoch for end in range(1, len(LEGS))]
     lines, problems = [f"backends change after micro-batches {', '.join(map(str, places))} of {epoch} of an epoch"], []
+    mlx, torch = alone.values()
+    apart = differences(mlx, torch, exempt)
+    most = {what: max(MOST, 2 * apart[what]) if "one array" in what else MOST for what in apart}
     for name, result in alone.items():
         found = differences(handed_on, result, exempt)
         lines.append(f"against {name} alone: {spelled(found)}")
-        problems += [f"{what} is {value:.1e} from {name} alone" for what, value in found.items() if not value <= MOST]
+        problems += [
+            f"{what} is {value:.1e} from {name} alone" for what, value in found.items() if not value <= most[what]
+        ]
         if handed_on.exact() != result.exact():
             problems.append(f"steps, tokens, rates or evaluations differ from {name} alone")
-    mlx, torch = alone.values()
-    lines.append(f"{' against '.join(alone)}, each alone: {spelled(differences(mlx, torch, exempt))}")
+    lines.append(f"{' against '.join(alone)}, each alone: {spelled(apart)}")
     return lines, problems
 
 
@@ -205,7 +210,9 @@ def differences(a: Result, b: Result, exempt: Mapping[str, slice]) -> dict[str, 
     for moment in "mv":
         names = [name for name in b.optimizer if name.endswith(f".{moment}")]
         pairs = [(kept(a.optimizer, name, exempt), kept(b.optimizer, name, exempt)) for name in names]
-        found[moment] = max(relative(x, y) for x, y in pairs)
+        whole = [np.concatenate([array.ravel() for array in side]) for side in zip(*pairs, strict=True)]
+        found[moment] = relative(whole[0], whole[1])
+        found[f"{moment} (one array)"] = max(relative(x, y) for x, y in pairs)
     return found
 
 
