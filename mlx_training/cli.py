@@ -179,7 +179,8 @@ examples:
 {examples}
 
 `mlx-training VERB --help` explains a verb. With --json the last line of stdout is one JSON object.
-Exit codes: 0 fine, 1 the doctor found a fault, 2 configuration, 3 data or checkpoint, 4 diverged, 130/143 interrupted.
+Exit codes: 0 fine, 1 the doctor found a fault, 2 configuration, 3 data or checkpoint, 4 diverged,
+5 out of memory, 130/143 interrupted.
 """
 
 

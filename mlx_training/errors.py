@@ -1,13 +1,23 @@
 """Errors a user can act on. Each says what was given, what was expected and how to fix it.
 
-The command line prints the message alone (no traceback) and exits with `exit_code`.
+The command line prints the message alone (no traceback) and exits with `exit_code`. A message never holds a secret.
 """
+
+import os
+import re
+
+SECRET_NAME = re.compile(r"(token|secret|password|passwd|(api|access|secret|private)_?key)$", re.IGNORECASE)
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # https://user:password@host
+SHORTEST_SECRET = 8  # characters: "1" is no secret, whatever the variable is called
 
 
 class UserError(ValueError):
     """Something outside the code is wrong; the message is meant for the person who ran the command."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class ConfigError(UserError):
@@ -31,9 +41,19 @@ class CheckpointError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss or a gradient is no longer finite (exit code 4)."""
+    """The loss or a gradient is no longer finite, as of optimiser step `step` (exit code 4)."""
 
     exit_code = 4
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class MemoryExhaustedError(UserError):
+    """The machine or its accelerator has no memory left for what was asked (exit code 5)."""
+
+    exit_code = 5
 
 
 class Interrupted(Exception):
@@ -47,3 +67,11 @@ class Interrupted(Exception):
     def exit_code(self) -> int:
         """What a shell expects: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.signal
+
+
+def without_secrets(text: str) -> str:
+    """`text` without credentials in URLs, and without the value of any environment variable named like a secret."""
+    values = (value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET)
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return CREDENTIALS.sub("***", text)

@@ -14,6 +14,7 @@ from mlx_training.config import RunConfig
 from mlx_training.data.rows import Row
 from mlx_training.errors import DataError
 from mlx_training.generate import greedy
+from mlx_training.memory import full_memory_explained, reading_advice
 from mlx_training.metrics import answer_metrics
 from mlx_training.objectives.lm import lm
 from mlx_training.run_directory import full_disk_explained, write_atomic
@@ -87,21 +88,23 @@ def evaluate_run(
 
     Raises DataError when the run has no such split or the model does not read rows.
     """
-    loaded = load_run(run, backend)
-    evaluator = Evaluator(loaded.config, loaded.backend, loaded.model, loaded.data)
-    if data is None:
-        split = split or loaded.config.evaluation.test_split or loaded.config.evaluation.split
-        metrics, predictions = evaluator.report(split)
-        where = split
-    else:
-        if not isinstance(loaded.data, RowData):
-            raise DataError(f"--data {data}: this run trained a decoder on text; --data takes rows about time series")
-        metrics, predictions = evaluator.report("", loaded.data.read(data))
-        where = f"file_{data.stem}"
-    if loaded.config.evaluation.save_predictions and predictions:
-        with full_disk_explained(run):
+    with full_memory_explained(lambda: reading_advice(run)), full_disk_explained(run):
+        loaded = load_run(run, backend)
+        evaluator = Evaluator(loaded.config, loaded.backend, loaded.model, loaded.data)
+        if data is None:
+            split = split or loaded.config.evaluation.test_split or loaded.config.evaluation.split
+            metrics, predictions = evaluator.report(split)
+            where = split
+        else:
+            if not isinstance(loaded.data, RowData):
+                raise DataError(
+                    f"--data {data}: this run trained a decoder on text; --data takes rows about time series"
+                )
+            metrics, predictions = evaluator.report("", loaded.data.read(data))
+            where = f"file_{data.stem}"
+        if loaded.config.evaluation.save_predictions and predictions:
             save_predictions(run / f"predictions_{where}.jsonl", predictions)
-    return metrics
+        return metrics
 
 
 def save_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from mlx_training.data.prompt import Encoded
 from mlx_training.data.rows import Row
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import DataError
+from mlx_training.memory import full_memory_explained, reading_advice
 
 
 def greedy(
@@ -48,24 +49,25 @@ def greedy(
 
 def generate_rows(run: Path, rows: Path, backend: str | None = None) -> dict[str, Any]:
     """Answer every row of a file with a trained run: {"rows": [{"id", "answer", "prediction"}]}."""
-    loaded = load_run(run, backend)
-    if not isinstance(loaded.data, RowData):
-        raise DataError(f"--rows {rows}: {run} trained a decoder on text; --rows takes rows about time series")
-    given = loaded.data.read(rows, with_answers=False)
-    predictions = greedy(
-        loaded.backend,
-        loaded.model,
-        given,
-        loaded.data.encode_prompt,
-        loaded.data.tokenizer,
-        batch_size=loaded.config.evaluation.batch_size or loaded.config.training.batch_size,
-        max_new_tokens=loaded.config.evaluation.max_new_tokens,
-    )
-    return {
-        "run": str(run),
-        "backend": loaded.backend.name,
-        "rows": [
-            {"id": row.id, "answer": row.answer, "prediction": text}
-            for row, text in zip(given, predictions, strict=True)
-        ],
-    }
+    with full_memory_explained(lambda: reading_advice(run)):
+        loaded = load_run(run, backend)
+        if not isinstance(loaded.data, RowData):
+            raise DataError(f"--rows {rows}: {run} trained a decoder on text; --rows takes rows about time series")
+        given = loaded.data.read(rows, with_answers=False)
+        predictions = greedy(
+            loaded.backend,
+            loaded.model,
+            given,
+            loaded.data.encode_prompt,
+            loaded.data.tokenizer,
+            batch_size=loaded.config.evaluation.batch_size or loaded.config.training.batch_size,
+            max_new_tokens=loaded.config.evaluation.max_new_tokens,
+        )
+        return {
+            "run": str(run),
+            "backend": loaded.backend.name,
+            "rows": [
+                {"id": row.id, "answer": row.answer, "prediction": text}
+                for row, text in zip(given, predictions, strict=True)
+            ],
+        }

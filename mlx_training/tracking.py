@@ -4,14 +4,29 @@ A record is one flat mapping of names to numbers or strings. Names the progress 
 `lr/<group>`, `grad_norm`, `spike`, `skipped`, `tokens_per_second`, `memory_gb`; under `eval/` is an evaluation.
 """
 
+import os
+import re
+import secrets
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal, Protocol, TextIO
 
+from mlx_training.errors import DivergedError, without_secrets
 from mlx_training.json_lines import METRICS, JsonLines, Record, is_evaluation
+from mlx_training.run_directory import write_atomic
+
+WANDB_ID = "wandb_id"
+WANDB_SETTINGS = {  # unless the environment says otherwise: no long waits, and nobody's uncommitted work
+    "WANDB_INIT_TIMEOUT": "60",
+    "WANDB_FINISH_TIMEOUT": "50",
+    "WANDB_DISABLE_GIT": "true",
+    "WANDB_DISABLE_CODE": "true",
+}
 
 
 class Sink(Protocol):
@@ -23,7 +38,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Hands each record to every sink, in order."""
+    """Hands each record to every sink, in order. Leaving its `with` block closes them, and logs how a run diverged."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self.sinks = sinks
@@ -38,9 +53,24 @@ class Tracker:
         for sink in self.sinks:
             sink.close()
 
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        try:
+            if isinstance(error, DivergedError):
+                self.log(error.step, {"diverged": str(error)})
+        finally:
+            self.close()
+
 
 class WandbSink:
-    """Weights & Biases, offline or online. Its absence or failure is said once and never stops a run."""
+    """Weights & Biases, offline or online. Its absence or failure is said once and never stops a run.
+
+    A thread of its own does all the talking, so that a service that does not answer holds up no step, and the end of
+    the run by `patience` seconds at most. A run directory that is trained in again continues its W&B run: the id is
+    in `WANDB_ID`. W&B drops steps that it has already seen.
+    """
 
     def __init__(
         self,
@@ -52,42 +82,45 @@ class WandbSink:
         tags: Sequence[str],
         config: Mapping[str, Any],
         notes: str = "",
+        patience: float = 60,
     ) -> None:
-        self.run: Any = None
+        about: dict[str, Any] = {"mode": mode, "project": project, "name": name, "tags": list(tags), "notes": notes}
+        about |= {"dir": str(directory), "config": dict(config), "id": _wandb_id(Path(directory)), "resume": "allow"}
+        for setting, value in WANDB_SETTINGS.items():
+            os.environ.setdefault(setting, value)
+        self.patience, self.has_given_up = patience, False
+        self.records: SimpleQueue[Record | None] = SimpleQueue()
+        self.thread = Thread(target=self._work, args=[about], name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, record: Record) -> None:
+        if self.thread.is_alive():
+            self.records.put(record)
+
+    def close(self) -> None:
+        self.records.put(None)
+        self.thread.join(self.patience)
+        if self.thread.is_alive():
+            self._give_up(f"it has not answered for {self.patience:g} s")
+
+    def _work(self, about: Mapping[str, Any]) -> None:
         try:
             import wandb
 
-            self.run = wandb.init(
-                dir=str(directory),
-                mode=mode,
-                project=project,
-                name=name,
-                tags=list(tags),
-                notes=notes,
-                config=dict(config),
-            )
+            run = wandb.init(**about)
+            while (record := self.records.get()) is not None:
+                run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+            run.finish()
         except ImportError:
             self._give_up("it is not installed (pip install wandb, or logging.wandb=disabled)")
-        except Exception as error:  # noqa: BLE001  any failure of an optional service
+        except BaseException as error:  # noqa: BLE001  any failure of an optional service, its own sys.exit included
             self._give_up(error)
 
-    def log(self, record: Record) -> None:
-        if self.run is not None:
-            try:
-                self.run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
-            except Exception as error:  # noqa: BLE001
-                self._give_up(error)
-
-    def close(self) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:  # noqa: BLE001
-                self._give_up(error)
-
     def _give_up(self, reason: object) -> None:
-        self.run = None
-        print(f"wandb: not logging: {reason}; metrics.jsonl has everything", file=sys.stderr)
+        if not self.has_given_up:
+            self.has_given_up = True
+            words = " ".join(without_secrets(str(reason) or type(reason).__name__).split())
+            print(f"wandb: not logging: {words}; metrics.jsonl has everything", file=sys.stderr)
 
 
 class Progress:
@@ -191,6 +224,16 @@ def open_tracker(
     return Tracker(sinks)
 
 
+def _wandb_id(directory: Path) -> str:
+    """The id of this directory's W&B run; made, and written down at once, where there is none."""
+    path = directory / WANDB_ID
+    known = path.read_text(errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch(r"[a-z0-9]{8}", known):
+        known = secrets.token_hex(4)
+        write_atomic(path, known + "\n")
+    return known
+
+
 def _plain(value: Any) -> Any:
     """A NumPy scalar as Python's own number."""
     return value.item() if hasattr(value, "item") else value
@@ -210,6 +253,8 @@ def _parts(record: Record) -> list[str]:
         parts.append(f"grad_norm {record['grad_norm']:.2e}")  # "%.2f" of a small norm reads as a dead gradient
     if "spike" in record:
         parts.append("spike")
+    if "diverged" in record:
+        parts.append("diverged")
     if "skipped" in record:
         parts.append(f"skipped {record['skipped']}")
     if "tokens_per_second" in record:

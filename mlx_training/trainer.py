@@ -24,12 +24,13 @@ from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.init import initialise
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
+from mlx_training.memory import full_memory_explained, training_advice
 from mlx_training.objectives.balanced import training_objective
 from mlx_training.opentslm import load_initial
 from mlx_training.progress import Progress
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
-from mlx_training.tracking import StepTimer, Tracker, open_tracker
+from mlx_training.tracking import WANDB_ID, StepTimer, Tracker, open_tracker
 
 
 def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequenc
     continues that checkpoint. `allow_change`: keys that may differ from the run that is continued, beside harmless
     ones. Raises DivergedError, Interrupted, and the errors of what it puts together.
     """
-    with locked(config.output_dir), full_disk_explained(Path(config.output_dir)):
+    run = Path(config.output_dir)
+    with locked(run), full_disk_explained(run), full_memory_explained(lambda: training_advice(config)):
         return train_locked(config, resume, allow_change)
 
 
@@ -76,6 +78,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     if not (checkpoint and store.holds(checkpoint.path)):
         set_aside(run / METRICS)
         set_aside(run / norms.FILE)
+        (run / WANDB_ID).unlink(missing_ok=True)
     (run / RESULT).unlink(missing_ok=True)
     describe_run(run, assembly, backend.name)
     start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
@@ -92,7 +95,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     with (
         interruptible() as interrupted,
         closing(CheckpointWriter(store)) as writer,
-        closing(tracker_of(run, config, first, progress.evaluated, total_steps)) as tracker,
+        tracker_of(run, config, first, progress.evaluated, total_steps) as tracker,
         closing(JsonLines(run / norms.FILE, from_step=first, lazy=True)) as probe_log,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
     ):
@@ -200,7 +203,7 @@ def judge(config: RunConfig, progress: Progress, values: dict[str, float], step:
     name = config.checkpoint.best.removeprefix("eval/")
     value, sign = values[name], 1 if name == "loss" else -1
     if not math.isfinite(value):
-        raise DivergedError(f"diverged by step {step}: {config.checkpoint.best} is {value}. {ADVICE}")
+        raise DivergedError(f"diverged by step {step}: {config.checkpoint.best} is {value}. {ADVICE}", step)
     margin = config.training.early_stopping_min_delta
     if progress.best is None or sign * value < sign * progress.best - margin:
         progress.best, progress.evaluations_without_improvement = value, 0

@@ -92,7 +92,8 @@ class Guard:
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
             raise DivergedError(
                 f"diverged by step {step}: loss {loss}, gradient norm {norm}; {self.in_a_row} updates in a row were "
-                f"skipped. {self._first_not_finite(batches)}. {ADVICE}"
+                f"skipped. {self._first_not_finite(batches)}. {ADVICE}",
+                step,
             )
 
     def _first_not_finite(self, batches: Sequence[Batch]) -> str:

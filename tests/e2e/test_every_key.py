@@ -119,7 +119,7 @@ class FakeWandb(types.ModuleType):
         self.told: dict[str, Any] = {}
 
     def init(self, **given: Any) -> Any:
-        self.told = {key: value for key, value in given.items() if key not in ("config", "dir")}
+        self.told = {key: value for key, value in given.items() if key not in ("config", "dir", "id")}
         return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
 
 

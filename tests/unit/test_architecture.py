@@ -46,7 +46,7 @@ ROOMS = (
         "opentslm",
     },
     {"backend"},
-    {"tracking", "assemble", "resume", "trainer", "generate", "evaluate", "export", "diagnostics"},
+    {"tracking", "memory", "assemble", "resume", "trainer", "generate", "evaluate", "export", "diagnostics"},
     {"checkpoint_tools", "checkpoint_text"},
     {"verbs", "flags", "cli"},
 )

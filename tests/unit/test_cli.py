@@ -97,7 +97,7 @@ def test_people_get_text(trained, capsys):
     ("raised", "code"),
     [
         (DataError("bad rows"), 3),
-        (DivergedError("loss is nan"), 4),
+        (DivergedError("loss is nan", 1), 4),
         (Interrupted(2, "saved step 7"), 130),
         (Interrupted(15), 143),
         (KeyboardInterrupt(), 130),

@@ -3,13 +3,19 @@
 import io
 import json
 import math
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mlx_training.errors import DivergedError
 from mlx_training.json_lines import JsonLines, read_metrics
 from mlx_training.tracking import Progress, Tracker, WandbSink, open_tracker
 
@@ -110,31 +116,105 @@ def test_a_terminal_line_is_redrawn_and_evaluations_stay() -> None:
     assert second.startswith("\rstep  3/10")
 
 
-def test_wandb_missing_or_failing_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def log(*_: object, **__: object) -> None:
-        raise RuntimeError("connection lost")
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, **parts: Callable[..., Any]) -> list[Any]:
+    """What a wandb module made of these parts (init, log, finish) is told."""
+    told: list[Any] = []
+    run = SimpleNamespace(
+        log=parts.get("log", lambda values, step: told.append((values, step))),
+        finish=parts.get("finish", lambda: told.append("finish")),
+    )
+    init = parts.get("init", lambda **options: told.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return told
 
-    modules = {"not installed": None, "connection lost": SimpleNamespace(init=lambda **_: SimpleNamespace(log=log))}
-    for reason, wandb in modules.items():
-        monkeypatch.setitem(sys.modules, "wandb", wandb)
-        sink = WandbSink(tmp_path, mode="offline", project=None, name="run", tags=(), config={})
-        sink.log({"step": 1})
-        sink.log({"step": 2})
-        sink.close()
-        said = capsys.readouterr().err
-        assert said.count("wandb: not logging") == 1 and reason in said
+
+def sink(folder: Path, **options: Any) -> WandbSink:
+    return WandbSink(folder, mode="offline", project=None, name="run", tags=(), config={}, **options)
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("connection lost")
+
+
+def leave(*_: object, **__: object) -> None:
+    sys.exit("connection lost")
+
+
+@pytest.mark.parametrize("part", ["init", "log", "finish"])
+@pytest.mark.parametrize("failure", [fail, leave, None])
+def test_wandb_missing_or_failing_is_said_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    failure: Callable[..., None] | None,
+) -> None:
+    if failure is None:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        fake_wandb(monkeypatch, **{part: failure})
+    tracker = Tracker([sink(tmp_path), JsonLines(tmp_path / "metrics.jsonl")])
+    tracker.log(1, {})
+    tracker.log(2, {})
+    tracker.close()
+    said = capsys.readouterr().err
+    assert said.count("wandb: not logging") == 1
+    assert ("connection lost" if failure else "not installed (pip install wandb") in said
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("part", ["init", "log", "finish"])
+def test_wandb_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    answer = Event()
+    fake_wandb(monkeypatch, **{part: lambda *_, **__: answer.wait(60)})
+    started = time.monotonic()
+    silent = sink(tmp_path, patience=0.5)
+    for step in range(1000):
+        silent.log({"step": step})
+    assert time.monotonic() - started < 0.5, "a step waited"
+    silent.close()
+    assert 0.5 <= time.monotonic() - started < 5
+    answer.set()
+    silent.thread.join(5)
+    assert capsys.readouterr().err.count("wandb: not logging: it has not answered for 0.5 s") == 1
 
 
 def test_wandb_gets_config_mode_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-    run = SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finish"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
+    told = fake_wandb(monkeypatch)
     tracker = open_tracker(
         tmp_path, total_steps=2, wandb="offline", project="p", name="n", tags=("t",), notes="why", config={"a": 1}
     )
     tracker.log(1, {"loss": np.float32(2)})
     tracker.close()
     options = {"dir": str(tmp_path), "mode": "offline", "project": "p", "name": "n", "config": {"a": 1}, "tags": ["t"]}
-    assert calls == [options | {"notes": "why"}, ({"loss": 2.0}, 1), "finish"]
+    options |= {"notes": "why", "id": (tmp_path / "wandb_id").read_text().strip(), "resume": "allow"}
+    assert told == [options, ({"loss": 2.0}, 1), "finish"]
+    for name in ("WANDB_DISABLE_GIT", "WANDB_DISABLE_CODE"):  # no uncommitted work is sent
+        assert os.environ[name] == "true"
+
+
+def test_a_directory_keeps_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(**options: Any) -> None:
+        assert (tmp_path / "wandb_id").read_text().strip() == options["id"], "written down too late"
+        told.append(options)
+        raise KeyboardInterrupt
+
+    told = fake_wandb(monkeypatch, init=killed)
+    for _ in range(2):
+        sink(tmp_path).close()
+    (tmp_path / "wandb_id").write_text("../../id\n")  # damaged
+    sink(tmp_path).close()
+    first, second, third = (options["id"] for options in told)
+    assert first == second and len(third) == 8 and third != first
+
+
+def test_how_a_run_diverged_is_its_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DivergedError), open_tracker(tmp_path, total_steps=9) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        raise DivergedError("diverged by step 3: loss nan", 3)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 3, "diverged": "diverged by step 3: loss nan"}
+    assert "step 3/9  diverged" in capsys.readouterr().err
+    open_tracker(tmp_path, total_steps=9, from_step=2).close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
