@@ -17,6 +17,7 @@ from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import OPTIMIZER, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.fingerprint import fingerprint
 from mlx_training.json_text import parse_json
 from mlx_training.progress import wrong_progress
 from mlx_training.run_directory import unwritable
@@ -124,6 +125,8 @@ def find_checkpoint(
         )
     run = checkpoint.path.resolve().parents[1]
     changed = _changes(run, assembly.config)
+    if not _touches(changed, "dataset.", "model.tokenizer") and (other := _other_rows(checkpoint, assembly)):
+        changed["dataset.path"] = other  # the same name, but not the same rows
     _check_allowed(allow_change, assembly.config, changed)
     refused = [key for key in changed if not _passes(key, changed[key], assembly.config, _finished(checkpoint))]
     _check_unchanged(run, {key: changed[key] for key in refused if not _within(key, allow_change)})
@@ -170,6 +173,12 @@ def _changes(run: Path, config: RunConfig) -> Changes:
         return {}
     before = load_config(run / "config.yaml")
     return dict(_differences("", before.model_dump(mode="json"), config.model_dump(mode="json")))
+
+
+def _other_rows(checkpoint: Checkpoint, assembly: Assembly) -> tuple[str, str] | None:
+    """The rows that the run was trained with and those that are there now, where they are not the same."""
+    then, now = checkpoint.state.get("data"), fingerprint(assembly.data)
+    return (then, now) if then and now and then != now else None
 
 
 def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -2,11 +2,10 @@
 
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from mlx_training.diagnostics.guard import ADVICE, Guard
 from mlx_training.environment import git_state, versions
 from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
+from mlx_training.fingerprint import fingerprint
 from mlx_training.init import initialise
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
 from mlx_training.memory import full_memory_explained, training_advice
@@ -30,6 +30,7 @@ from mlx_training.opentslm import load_initial
 from mlx_training.progress import Progress
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
+from mlx_training.signals import interruptible, stoppable
 from mlx_training.tracking import WANDB_ID, StepTimer, Tracker, open_tracker
 
 
@@ -86,6 +87,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     size = f"{assembly.spec.num_parameters:,} trainable parameters"
     print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
+    about = {"llm_sha256": llm_sha256(assembly.spec), "data": fingerprint(assembly.data), "backend": backend.name}
     evaluator = Evaluator(config, backend, model, assembly.data)
     guard = Guard(assembly, backend, model, objective, run=run, step=first, skipped=progress.skipped)
     cadence = Cadence(config, total_steps, batches.num_batches)
@@ -108,7 +110,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
-            state = {"progress": asdict(progress), "llm_sha256": llm_sha256(assembly.spec), "backend": backend.name}
+            state = {"progress": asdict(progress), **about}
             writer.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
@@ -250,39 +252,3 @@ class Cadence:
 
     def saves(self, step: int) -> bool:
         return step % self.save_every == 0 or step == self.total_steps
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM so that a step can finish and be saved; a second one aborts at once."""
-    received: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def receive(number: int, _frame: Any) -> None:
-        received.append(number)
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-        print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
-
-    for expected in (signal.SIGINT, signal.SIGTERM):
-        previous[expected] = signal.signal(expected, receive)
-    try:
-        yield received
-    finally:
-        for expected, handler in previous.items():
-            signal.signal(expected, handler)
-
-
-@contextmanager
-def stoppable(message: str) -> Iterator[None]:
-    """Raise Interrupted with this message as soon as SIGINT or SIGTERM comes."""
-
-    def stop(number: int, _frame: Any) -> None:
-        raise Interrupted(number, message)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
