@@ -69,9 +69,8 @@ def locked(directory: str | Path) -> Iterator[None]:
 def _lock(path: Path) -> TextIO:
     """The lock file, open and locked."""
     while True:
-        file = open(  # noqa: SIM115  held as long as the run
-            os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8", errors="replace"
-        )
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = open(os.open(path, flags, 0o644), "r+", encoding="utf-8", errors="replace")  # noqa: SIM115  held
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

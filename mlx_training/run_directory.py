@@ -16,7 +16,7 @@ RUN_FILES = ("config.yaml", "env.json", "metrics.jsonl", "checkpoints")
 def claim_run_directory(directory: str | Path, resume: bool) -> Path:
     """Create the run directory and prove that it can be written (by writing: root ignores mode bits).
 
-    Raises ConfigError when it already holds a run and `resume` is false, or when it is not writable.
+    Raises ConfigError when it already holds a run and `resume` is false, holds links, or is not writable.
     """
     directory = Path(directory)
     held = [name for name in RUN_FILES if (directory / name).exists()]
@@ -24,6 +24,12 @@ def claim_run_directory(directory: str | Path, resume: bool) -> Path:
         raise ConfigError(
             f"output_dir: {directory} already holds a run ({', '.join(held)}). Continue it with --resume auto, or "
             "set output_dir to a directory that does not exist yet; nothing was changed."
+        )
+    links = sorted(path.name for path in directory.glob("*") if path.is_symlink())
+    if links:
+        raise ConfigError(
+            f"output_dir: {directory} holds links ({', '.join(links)}); a run writes into its own directory only. "
+            "Remove them, or make output_dir itself the link; nothing was changed."
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +54,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     with naming(path):
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:  # never through a link that somebody has put there
+                file.write(content.encode() if isinstance(content, str) else content)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
