@@ -16,6 +16,7 @@ SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"
 NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 MAPPINGS = ("rope_parameters", "rope_scaling", "quantization", "quantization_config")
+CODE = ("auto_map", "model_file")  # Python files beside the weights, for transformers and for mlx-lm
 ROPE_KEYS = {  # rope_type -> the numbers it needs
     "default": (),
     "linear": ("factor",),
@@ -65,6 +66,11 @@ def normalize_llm_config(config: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"{source}: model_type {model_type!r} is not supported; tested on both backends: {', '.join(FAMILIES)}"
+        )
+    if code := [key for key in CODE if config.get(key)]:
+        raise ConfigError(
+            f"{source}: {', '.join(code)} asks for Python code that comes with the model; such code is never run here. "
+            f"If the weights are those of a plain {model_type}, remove the key"
         )
     family = FAMILIES[model_type]
     if missing := [key for key in REQUIRED if key not in config]:
