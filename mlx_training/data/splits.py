@@ -45,6 +45,9 @@ class SplitSpec:
                 f"dataset.splits.fraction: {dict(self.fraction)}: each must be above 0, the sum below 1; "
                 "train gets the rest"
             )
+        for file in self.file.values():
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ConfigError(f"dataset.splits.file: {file!r} is outside the folder of dataset.path; put it there")
         if self.file and "train" not in self.file:
             raise ConfigError("dataset.splits.file: name the train file too")
 
