@@ -4,10 +4,11 @@ The file is a dict {encoder_state, projector_state, lora_enabled, lora_state, lo
 (StanfordBDHG/OpenTSLM, `OpenTSLMSP.store_to_file`). Arrays here carry canonical names (`spec/timeseries.py`).
 """
 
+import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ ENCODER = re.compile(
     r"patch_embed\.weight|pos_embed|input_norm\.(weight|bias)|"
     r"encoder\.layers\.\d+\.(self_attn\.in_proj_(weight|bias)|(self_attn\.out_proj|(linear|norm)[12])\.(weight|bias))"
 )
+MAX_DEPTH, MAX_VALUES = 6, 10_000  # a real configuration has three levels; a hostile one may contain itself, often
 PROJECTOR = {"projector.0.": "projector.norm.", "projector.1.": "projector.linear."}
 
 
@@ -215,16 +217,17 @@ def _lora(path: str | Path, content: dict[str, Any]) -> LoRA | None:
     return LoRA({str(name): array.astype(np.float32) for name, array in state.items()}, config)
 
 
-def _json(value: Any, depth: int = 0) -> Any:
+def _json(value: Any, depth: int = 0, seen: Iterator[int] | None = None) -> Any:
     """PEFT's configuration as JSON: objects become their fields, enums their value, sets sorted lists."""
-    if depth > 6:  # a real one has three levels; a malicious one may contain itself
+    seen = seen or itertools.count()
+    if depth > MAX_DEPTH or next(seen) > MAX_VALUES:
         return None
     if isinstance(value, Inert):
         inner = value.fields if hasattr(value, "fields") else value.args[0] if value.args else None
-        return _json(inner, depth + 1)
+        return _json(inner, depth + 1, seen)
     if isinstance(value, dict):
-        return {str(key): _json(item, depth + 1) for key, item in value.items()}
+        return {str(key): _json(item, depth + 1, seen) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        items = [_json(item, depth + 1) for item in value]
+        items = [_json(item, depth + 1, seen) for item in value]
         return sorted(items, key=str) if isinstance(value, set) else items
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

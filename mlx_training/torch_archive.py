@@ -29,6 +29,8 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 
+MAX_GROWTH = 4  # tensors may share a storage, and bfloat16 is widened
+
 
 class Inert:
     """An object of a class that is not imported: its constructor arguments and fields, and nothing else."""
@@ -72,9 +74,13 @@ def read_archive(path: str | Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
+    """Members are read into memory by name and never extracted, so that a name cannot lead anywhere."""
+
     def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str) -> None:
         super().__init__(io.BytesIO(archive.read(prefix + "data.pkl")))
         self.path, self.archive, self.prefix = path, archive, prefix
+        self.storages: dict[str, np.ndarray] = {}
+        self.bytes_left = MAX_GROWTH * path.stat().st_size
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
@@ -83,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
             return type(name, (Inert,), {})
         allowed = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,  # a bound method: a pickle cannot alter it
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
             ("builtins", "set"): set,
             ("__builtin__", "set"): set,  # its name in pickle protocol 2
@@ -100,15 +106,26 @@ class _Unpickler(pickle.Unpickler):
         kind, storage, key, _, size = identity
         if kind != "storage" or storage not in STORAGES:
             raise ValueError(f"unknown storage {identity}")
+        if key in self.storages:
+            return self.storages[key]
         values: np.ndarray = np.frombuffer(self.archive.read(f"{self.prefix}data/{key}"), STORAGES[storage])
         if len(values) != size:
             raise ValueError(f"storage {key} holds {len(values)} numbers, expected {size}")
         if storage == "BFloat16Storage":
             values = (values.astype(np.uint32) << 16).view(np.float32)
+        self.storages[key] = values
         return values
 
+    def _rebuild_tensor(
+        self, values: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+    ) -> np.ndarray:
+        self.bytes_left -= int(np.prod(shape, dtype=object)) * values.itemsize
+        if self.bytes_left < 0:
+            raise ValueError(f"its tensors are more than {MAX_GROWTH} times as large as the file")
+        return _strided(values, offset, shape, strides)
 
-def _rebuild_tensor(values: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Any:
+
+def _strided(values: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
     """A tensor from its storage; refuses to look outside of it, or to grow beyond it."""
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = int(np.prod(shape, dtype=object))
