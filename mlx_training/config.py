@@ -19,7 +19,7 @@ from mlx_training.config_language import DecoderShape
 from mlx_training.config_model import FAMILIES, DecoderConfig, TimeSeriesConfig
 from mlx_training.config_schema import Dataset, DatasetOptions, RunConfig, Splits
 from mlx_training.configs import find_config
-from mlx_training.errors import ConfigError
+from mlx_training.errors import ConfigError, shown
 from mlx_training.yaml_loader import Document, KeyPath, dump_yaml, parse_value, read_yaml
 
 __all__ = [
@@ -116,11 +116,13 @@ def _read_override(text: str) -> Document:
     key, equals, value = text.partition("=")
     path = tuple(key.split("."))
     if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in path):
-        return Document({}, {}, [f"override: {text[:60]!r} is not key=value, as in training.batch_size=8"])
+        return Document({}, {}, [f"override: {shown(text[:60], text)} is not key=value, as in training.batch_size=8"])
     try:
         data = parse_value(value, "override")
     except ConfigError as error:
-        return Document({}, {}, [f"override: {key}: given {value[:60]!r}; {str(error).removeprefix('override:1: ')}"])
+        return Document(
+            {}, {}, [f"override: {key}: given {shown(value[:60], key)}; {str(error).removeprefix('override:1: ')}"]
+        )
     where: dict[KeyPath, str] = {path: "override"}
     _mark(data, path, where)
     for part in reversed(path):

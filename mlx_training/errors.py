@@ -6,7 +6,9 @@ The command line prints the message alone (no traceback) and exits with `exit_co
 import os
 import re
 
-SECRET_NAME = re.compile(r"(token|secret|password|passwd|(api|access|secret|private)_?key)$", re.IGNORECASE)
+SECRET = r"(?:token|secret|password|passwd|(?:api|access|secret|private)_?key)\b"
+SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
+ASSIGNMENT = re.compile(rf"({SECRET}=)\S+", re.IGNORECASE)  # logging.api_key=value
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # https://user:password@host
 SHORTEST_SECRET = 8  # characters: "1" is no secret, whatever the variable is called
 
@@ -70,8 +72,13 @@ class Interrupted(Exception):
 
 
 def without_secrets(text: str) -> str:
-    """`text` without credentials in URLs, and without the value of any environment variable named like a secret."""
+    """`text` without credentials in URLs, what follows `token=`, and the values of variables named like a secret."""
     values = (value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET)
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "***")
-    return CREDENTIALS.sub("***", text)
+    return ASSIGNMENT.sub(r"\1***", CREDENTIALS.sub("***", text))
+
+
+def shown(value: str, name: str) -> str:
+    """A value as a message quotes it; hidden where `name` says that it is a secret."""
+    return "a value that is not shown" if SECRET_NAME.search(name) else repr(value)
