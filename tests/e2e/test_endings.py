@@ -73,7 +73,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_batch_that_does_not_fit_into_memory(tiny: Workbench) -> None:
     """On the CPU MLX 0.32 does not ask whether it was given memory and crashes; what was saved is intact."""
     tiny.use_decoder()
-    many = "dataset.num_samples_train=500", "evaluation.batch_size=4", "model.decoder.intermediate_size=8192"
+    many = "dataset.num_samples_train=500", "evaluation.batch_size=4", "model.decoder.intermediate_size=2048"
     tiny.train(*many, "training.max_steps=2")
     larger = "training.batch_size=1000", "--resume", "auto", "--allow-change", "training.batch_size"
     command = [sys.executable, "-c", LIMITED, "train", str(tiny.config), *many, *larger, "--json"]
