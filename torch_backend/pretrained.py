@@ -19,9 +19,6 @@ from mlx_training.llm_source import is_weight, match_weights, read_llm_config, w
 from torch_backend.layers import KVCache
 from torch_backend.quant import dequantize, keep_quantized
 
-# Read from config.json by others, or a way for a file to choose the code that runs (attention kernels from a hub).
-NOT_OF_THE_MODEL = ("quantization", "model_type", "torch_dtype", "dtype", "attn_implementation", "name_or_path")
-
 
 class PretrainedLM(nn.Module):
     """A frozen causal LM. Its parameters carry the checkpoint's own names (`model.…`, `lm_head.…`)."""
@@ -167,7 +164,7 @@ def _build(config: dict[str, Any]) -> Any:
     """transformers' body (without a head) for a configuration; its parameters take no memory yet."""
     from transformers import AutoConfig, AutoModel
 
-    known = {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_OF_THE_MODEL}
+    known = {key: value for key, value in config.items() if key not in ("quantization", "model_type", "torch_dtype")}
     hf_config = AutoConfig.for_model(config["model_type"], **known)
     with _parameters_on_meta():
         return AutoModel.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,29 @@ def test_other_text_under_the_same_name_is_refused(bench: Workbench) -> None:
     assert "(--allow-change dataset.path)" in message
     text.unlink()
     assert str(text) in bench.refused(DATA, "train", bench.config, *on_text, "--resume", "auto")
+
+
+# Weights & Biases
+
+
+def test_a_resumed_run_continues_its_wandb_run(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that has lost its checkpoints, or continues another run's, is a new one."""
+    ids: list[str] = []
+    logged: list[int] = []
+
+    def init(**options: Any) -> Any:
+        ids.append(options["id"])
+        assert options["resume"] == "allow"
+        return SimpleNamespace(log=lambda _, step: logged.append(step), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    bench.train("logging.wandb=offline", "training.max_steps=2")
+    bench.train("logging.wandb=offline", "--resume", "auto")
+    assert logged == [1, 2, 2, 3, 4, 4], "steps 2 and 4 are evaluated too"
+    other = bench.folder / "other/checkpoints/step_00000002"
+    bench.train("output_dir=other", "training.max_steps=2")
+    shutil.rmtree(bench.run / "checkpoints")
+    bench.train("logging.wandb=offline", "--resume", other)
+    shutil.rmtree(bench.run / "checkpoints")
+    bench.train("logging.wandb=offline", "--resume", "auto")
+    assert ids[0] == ids[1] and len(set(ids[1:])) == 3
