@@ -25,18 +25,18 @@ def claim_run_directory(directory: str | Path, resume: bool) -> Path:
             f"output_dir: {directory} already holds a run ({', '.join(held)}). Continue it with --resume auto, or "
             "set output_dir to a directory that does not exist yet; nothing was changed."
         )
-    links = sorted(path.name for path in directory.glob("*") if path.is_symlink())
-    if links:
-        raise ConfigError(
-            f"output_dir: {directory} holds links ({', '.join(links)}); a run writes into its own directory only. "
-            "Remove them, or make output_dir itself the link; nothing was changed."
-        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=directory):
             pass
     except OSError as error:
         raise unwritable(directory, error) from error
+    links = sorted(path.name for path in directory.glob("*") if path.is_symlink())
+    if links:
+        raise ConfigError(
+            f"output_dir: {directory} holds links ({', '.join(links)}); a run writes into its own directory only. "
+            "Remove them, or make output_dir itself the link; nothing was changed."
+        )
     return directory
 
 
