@@ -123,6 +123,11 @@ class Backend(Protocol):
     def score(self, model: Any, objective: Objective, batch: Batch) -> dict[str, float]:
         """The objective's sums without gradients, dropout off."""
 
+    def score_tokens(self, model: Any, batch: Batch) -> Arrays:
+        """Of every label, dropout off: "logprobs", log p(target), float32 (B, K); "hits", boolean (B, K): whether the
+        target is the most probable token.
+        """
+
     def parameters(self, model: Any) -> dict[str, Registered]:
         """Everything the framework has registered, frozen weights included, whether the table knows it or not."""
 

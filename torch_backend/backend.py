@@ -69,6 +69,12 @@ class Backend:
         sums = objective(model, self.to_device(batch))
         return {name: float(value) for name, value in sums.items()}
 
+    @torch.no_grad()
+    def score_tokens(self, model: LanguageModel, batch: Batch) -> Arrays:
+        model.eval()
+        logprobs, hits = model.scored(self.to_device(batch))
+        return {"logprobs": logprobs.cpu().numpy(), "hits": hits.cpu().numpy()}
+
     def parameters(self, model: LanguageModel) -> dict[str, Registered]:
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         known = {**dict(model.named_parameters()), **model.state_dict()}  # packed weights are buffers

@@ -132,6 +132,11 @@ class KVCache:
         return copy
 
 
+def log_softmax_at(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    """log p(target), (B, K)."""
+    return logits_BKV.gather(-1, targets_BK[..., None])[..., 0] - logits_BKV.logsumexp(-1)
+
+
 class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
@@ -150,14 +155,21 @@ class LanguageModel(nn.Module):
         """Logits (..., V), float32."""
         raise AssertionError("a family defines this")
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        """log p(target), float32 (B, K). Only label places meet the head: logits are (B, K, V), never (B, L, V)."""
+    def label_logits(self, batch: Batch) -> Tensor:
+        """Logits at the label places, float32 (B, K, V): only those places meet the head, never (B, L, V)."""
         h = self.hidden(self.inputs(batch), batch)
         if batch.positions is not None:
             h = h.gather(1, batch.positions[..., None].expand(-1, -1, h.shape[-1]))
-        logits_BKV = self.head(h)
-        targets = batch.targets[..., None]
-        return logits_BKV.gather(-1, targets)[..., 0] - logits_BKV.logsumexp(-1)
+        return self.head(h)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """log p(target), float32 (B, K)."""
+        return log_softmax_at(self.label_logits(batch), batch.targets)
+
+    def scored(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """log p(target) and whether the target is the most probable token, both (B, K)."""
+        logits_BKV = self.label_logits(batch)
+        return log_softmax_at(logits_BKV, batch.targets), logits_BKV.argmax(-1) == batch.targets
 
     def aux_loss(self) -> Tensor | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""

@@ -67,6 +67,11 @@ class Backend:
         sums = objective(model, self.to_device(batch))
         return {name: float(value) for name, value in sums.items()}
 
+    def score_tokens(self, model: LanguageModel, batch: Batch) -> Arrays:
+        model.eval()
+        logprobs, hits = model.scored(self.to_device(batch))
+        return {"logprobs": np.array(logprobs), "hits": np.array(hits)}
+
     def parameters(self, model: LanguageModel) -> dict[str, Registered]:
         trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
         known = tree_flatten(model.parameters())

@@ -123,6 +123,11 @@ class KVCache:
         return copy
 
 
+def log_softmax_at(logits_BKV: mx.array, targets_BK: mx.array) -> mx.array:
+    """log p(target), (B, K)."""
+    return mx.take_along_axis(logits_BKV, targets_BK[..., None], axis=-1)[..., 0] - mx.logsumexp(logits_BKV, axis=-1)
+
+
 class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
@@ -141,14 +146,21 @@ class LanguageModel(nn.Module):
         """Logits (..., V), float32."""
         raise AssertionError("a family defines this")
 
-    def logprobs(self, batch: Batch) -> mx.array:
-        """log p(target), float32 (B, K). Only label places meet the head: logits are (B, K, V), never (B, L, V)."""
+    def label_logits(self, batch: Batch) -> mx.array:
+        """Logits at the label places, float32 (B, K, V): only those places meet the head, never (B, L, V)."""
         h = self.hidden(self.inputs(batch), batch)
         if batch.positions is not None:
             h = mx.take_along_axis(h, batch.positions[..., None], axis=1)
-        logits_BKV = self.head(h)
-        targets = batch.targets[..., None]
-        return mx.take_along_axis(logits_BKV, targets, axis=-1)[..., 0] - mx.logsumexp(logits_BKV, axis=-1)
+        return self.head(h)
+
+    def logprobs(self, batch: Batch) -> mx.array:
+        """log p(target), float32 (B, K)."""
+        return log_softmax_at(self.label_logits(batch), batch.targets)
+
+    def scored(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """log p(target) and whether the target is the most probable token, both (B, K)."""
+        logits_BKV = self.label_logits(batch)
+        return log_softmax_at(logits_BKV, batch.targets), logits_BKV.argmax(-1) == batch.targets
 
     def aux_loss(self) -> mx.array | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""

@@ -129,6 +129,9 @@ def test_the_loss_is_that_of_the_logits(case: str, backend_name: str, directory:
     positions = np.arange(batch.tokens.shape[1])[None] if batch.positions is None else batch.positions
     expected = -(logprobs[rows, positions, batch.targets] * batch.mask).sum()
     assert backend.score(model, lm, batch)["loss"] == pytest.approx(expected, rel=1e-5)
+    tokens = backend.score_tokens(model, batch)
+    np.testing.assert_allclose(tokens["logprobs"], logprobs[rows, positions, batch.targets], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(tokens["hits"], logits.argmax(-1)[rows, positions] == batch.targets)
 
 
 @pytest.mark.parametrize("case", CASES)
