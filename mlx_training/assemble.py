@@ -109,6 +109,21 @@ class TextData:
         chosen = [windows[i] for i in range(min(len(windows), limit or len(windows)))]
         return eval_batches(chosen, lambda window: window, batch_size, windows.collate)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a training window."""
+        return self.splits["train"].context_length
+
+    def tokens(self, split: str) -> np.ndarray:
+        """All tokens of a split, in order, int32 (N,)."""
+        return _pick(self.splits, split).tokens
+
+    def read(self, path: Path) -> list[str]:
+        """The documents of another file or folder, parted as this run's own are."""
+        data = self.config.dataset
+        options = data.options.model_dump(exclude_none=True) if data.format == "text" else {}
+        return read_documents(path, **options)
+
 
 Data = RowData | TextData
 
@@ -171,19 +186,20 @@ def timeseries_spec(model: TimeSeriesConfig) -> TimeSeriesSpec:
     )
 
 
-def load_run(run: Path, backend: str | None = None) -> LoadedRun:
-    """A run's best checkpoint (else its latest) on its own backend, or on another."""
+def load_run(run: Path, backend: str | None = None, checkpoint: str | None = None) -> LoadedRun:
+    """A run on its own backend, or on another: its best checkpoint (else its latest), or the one that is named."""
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: no config.yaml; expected a run directory, as `mlx-training train` makes it")
     config = load_config(run / "config.yaml")
     assembly = assemble(config, run)
-    checkpoint = CheckpointStore(run).best_or_latest()
-    check_fits(assembly.spec, checkpoint)
+    store = CheckpointStore(run)
+    loaded = store.best_or_latest() if checkpoint is None else store.load(store.named(checkpoint))
+    check_fits(assembly.spec, loaded)
     chosen = open_backend(config, backend)
     model = chosen.build(assembly.spec)
-    chosen.load(model, checkpoint.model)
-    return LoadedRun(config, assembly.data, chosen, model, checkpoint)
+    chosen.load(model, loaded.model)
+    return LoadedRun(config, assembly.data, chosen, model, loaded)
 
 
 def check_fits(spec: Spec, checkpoint: Checkpoint) -> None:

@@ -193,6 +193,18 @@ class CheckpointStore:
         """The best checkpoint, or the latest of a run that was never evaluated."""
         return self.load("best" if self.has_best else "latest")
 
+    def named(self, name: str) -> str | Path:
+        """What `load` takes for "best", "latest", a step directory's name, or the path of one (CheckpointError)."""
+        if name in ("best", "latest"):
+            return name
+        for path in (self.directory / name, Path(name)):
+            if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir():
+                return path
+        raise CheckpointError(
+            f"--checkpoint {name}: no such checkpoint; give best, latest, the path of one, or one of: "
+            f"{', '.join(path.name for path in self.paths()) or 'none, the run has saved nothing yet'}"
+        )
+
     def paths(self) -> list[Path]:
         """Every committed checkpoint directory, oldest first."""
         if not self.directory.is_dir():

@@ -60,8 +60,17 @@ def _show_checkpoint(name: str) -> Callable[[Result], str]:
     return show
 
 
-def _show_rows(result: Result) -> str:
-    return "\n".join(f"{row['id']}\t{row['prediction']}" for row in result["rows"])
+def _show_evaluation(result: Result) -> str:
+    from mlx_training.every_checkpoint import show_evaluations
+
+    return show_evaluations(result) if "checkpoints" in result else _show_tree(result)
+
+
+def _show_generation(result: Result) -> str:
+    from mlx_training.every_checkpoint import show_generations
+    from mlx_training.generate import show
+
+    return show_generations(result) if "checkpoints" in result else show(result)
 
 
 def _show_configs(result: Result) -> str:
@@ -82,18 +91,18 @@ VERBS: dict[str, Verb] = {
         _show_tree,
     ),
     "evaluate": Verb(
-        "accuracy of a trained run, beside chance and the same rows without their series",
+        "accuracy of a trained run beside chance, or loss and perplexity of a language model",
         "mlx-training evaluate runs/quick_test --split test",
         flags.evaluate,
         verbs.evaluate,
-        _show_tree,
+        _show_evaluation,
     ),
     "generate": Verb(
-        "answer every row of a file",
-        "mlx-training generate runs/quick_test --rows questions.jsonl --json",
+        "continue prompts with a language model, or answer every row of a file",
+        'mlx-training generate runs/lm --prompt "Once upon" --temperature 0.8 --top-p 0.95',
         flags.generate,
         verbs.generate,
-        _show_rows,
+        _show_generation,
     ),
     "validate": Verb(
         "check a configuration and the files it names, without training",

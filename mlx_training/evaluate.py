@@ -1,23 +1,41 @@
-"""Evaluation: loss, generated answers, and the ablation that tells whether the series are read at all."""
+"""Evaluation: loss, generated answers, predicted tokens, and the ablation that tells whether series are read at all."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlx_training.assemble import Data, RowData, load_run
+import numpy as np
+
+from mlx_training.assemble import Data, LoadedRun, RowData, TextData, load_run
 from mlx_training.backend import Backend
 from mlx_training.config import RunConfig
+from mlx_training.data.batching import eval_batches
 from mlx_training.data.rows import Row
-from mlx_training.errors import DataError
-from mlx_training.generate import greedy
+from mlx_training.data.text import encode_documents
+from mlx_training.errors import UserError
+from mlx_training.generate import Generator
 from mlx_training.memory import full_memory_explained, reading_advice
-from mlx_training.metrics import answer_metrics
+from mlx_training.metrics import TokenTally, answer_metrics, mainrun_metrics, token_metrics
 from mlx_training.objectives.lm import lm
+from mlx_training.protocols import Protocol, collate_windows, documents_of, sizes_of, windows_of
 from mlx_training.run_directory import full_disk_explained, write_atomic
+from mlx_training.sampling import Sampling
+
+BY_POSITION = "loss_by_position.csv"
+NUM_BINS = 16  # of the loss by position in a report; the file has every position
+
+
+class Text(NamedTuple):
+    """A text to evaluate a language model on; `split` where it is one of the run's own."""
+
+    tokens: np.ndarray
+    documents: Sequence[str]
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ class Evaluator:
     def report(self, split: str, rows: Sequence[Row] | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Everything there is to say about a split (or about these rows), and each row's prediction."""
         if not isinstance(self.data, RowData):
-            return self.loss(split, None), []
+            return self.score_text(text_of_split(self.data, split), Protocol())[0], []
         rows = self.data.rows(split) if rows is None else rows
         predictions = self._answers(rows)
         metrics = answer_metrics(rows, predictions)
@@ -63,6 +81,30 @@ class Evaluator:
         loss = total / weight
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(weight)}
 
+    def score_text(self, text: Text, protocol: Protocol) -> tuple[dict[str, Any], TokenTally]:
+        """What a protocol says about a text, and the sums behind it."""
+        assert isinstance(self.data, TextData)
+        tokenizer = self.data.tokenizer
+        filled = protocol.filled(self.data.context_length, self.model.spec.max_length)
+        windows = windows_of(filled, text.tokens, text.documents, tokenizer)
+        batches = eval_batches(windows, lambda window: window, self.batch_size, collate_windows)
+        if protocol == Protocol() and text.split is not None:
+            batches = self.data.eval_batches(text.split, self.batch_size, None)
+        tally = TokenTally()
+        for batch in batches:
+            tally.add(batch, self.backend.score_tokens(self.model, batch))
+        predicted = [w.tokens[1:] for w in windows] if filled.name == "lines" else [text.tokens[1:]]
+        num_bytes, num_characters = sizes_of(predicted, tokenizer)
+        metrics = token_metrics(tally, num_bytes, num_characters)
+        if filled.name == "windows":
+            num_eos = int((predicted[0] == tokenizer.eos_id).sum())
+            length, batch_size = filled.context_length or 0, self.config.training.batch_size
+            metrics |= mainrun_metrics(tally, num_characters, num_eos, length, batch_size)
+        metrics |= filled.settings
+        if filled.name == "position":
+            metrics["by_position"] = binned(tally.loss_by_place)
+        return metrics, tally
+
     @property
     def batch_size(self) -> int:
         """Rows a batch."""
@@ -70,41 +112,81 @@ class Evaluator:
 
     def _answers(self, rows: Sequence[Row], *, ablate: bool = False) -> list[str]:
         assert isinstance(self.data, RowData)
-        return greedy(
+        generator = Generator(
             self.backend,
             self.model,
-            rows,
-            partial(self.data.encode_prompt, ablate=ablate),
             self.data.tokenizer,
-            batch_size=self.batch_size,
-            max_new_tokens=self.config.evaluation.max_new_tokens,
+            Sampling(max_new_tokens=self.config.evaluation.max_new_tokens),
+            self.batch_size,
         )
+        return generator.answers(rows, partial(self.data.encode_prompt, ablate=ablate))
 
 
 def evaluate_run(
-    run: Path, split: str | None = None, data: Path | None = None, backend: str | None = None
+    run: Path,
+    split: str | None = None,
+    data: Path | None = None,
+    backend: str | None = None,
+    *,
+    checkpoint: str | None = None,
+    protocol: Protocol | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run's best checkpoint on a split, or on every row of a file. Writes nothing but predictions.
+    """Evaluate a checkpoint of a run (None: the best) on a split, or on every row (or the text) of a file.
 
-    Raises DataError when the run has no such split or the model does not read rows.
+    Writes predictions, and the loss by position, into the run. Raises DataError when the run has no such split.
     """
     with full_memory_explained(lambda: reading_advice(run)), full_disk_explained(run):
-        loaded = load_run(run, backend)
-        evaluator = Evaluator(loaded.config, loaded.backend, loaded.model, loaded.data)
-        if data is None:
-            split = split or loaded.config.evaluation.test_split or loaded.config.evaluation.split
-            metrics, predictions = evaluator.report(split)
-            where = split
-        else:
-            if not isinstance(loaded.data, RowData):
-                raise DataError(
-                    f"--data {data}: this run trained a decoder on text; --data takes rows about time series"
-                )
-            metrics, predictions = evaluator.report("", loaded.data.read(data))
-            where = f"file_{data.stem}"
-        if loaded.config.evaluation.save_predictions and predictions:
-            save_predictions(run / f"predictions_{where}.jsonl", predictions)
+        loaded = load_run(run, backend, checkpoint)
+        return evaluate_loaded(loaded, run, split, data, protocol)
+
+
+def evaluate_loaded(
+    loaded: LoadedRun, run: Path, split: str | None, data: Path | None, protocol: Protocol | None
+) -> dict[str, Any]:
+    """`evaluate_run` of a run that was loaded."""
+    evaluator = Evaluator(loaded.config, loaded.backend, loaded.model, loaded.data)
+    split = split or loaded.config.evaluation.test_split or loaded.config.evaluation.split
+    if isinstance(loaded.data, TextData):
+        text = text_of_split(loaded.data, split) if data is None else text_of_file(loaded.data, data)
+        metrics, tally = evaluator.score_text(text, protocol or Protocol())
+        if "by_position" in metrics:
+            write_by_position(run / BY_POSITION, tally)
         return metrics
+    if protocol is not None:
+        raise UserError(f"--protocol {protocol.name}: {run} answers rows about time series; protocols are for text")
+    if data is None:
+        metrics, predictions = evaluator.report(split)
+    else:
+        metrics, predictions = evaluator.report("", loaded.data.read(data))
+    if loaded.config.evaluation.save_predictions and predictions:
+        where = split if data is None else f"file_{data.stem}"
+        save_predictions(run / f"predictions_{where}.jsonl", predictions)
+    return metrics
+
+
+def text_of_split(data: TextData, split: str) -> Text:
+    """A split of a run on text."""
+    tokens = data.tokens(split)
+    return Text(tokens, documents_of(tokens, data.tokenizer), split)
+
+
+def text_of_file(data: TextData, path: Path) -> Text:
+    """Another text, with a run's tokenizer."""
+    documents = data.read(path)
+    return Text(encode_documents(documents, data.tokenizer), documents)
+
+
+def binned(loss_P: np.ndarray) -> dict[str, float]:
+    """Mean loss of up to NUM_BINS equal stretches of positions: {"0-15": loss}."""
+    starts = np.linspace(0, loss_P.size, min(NUM_BINS, loss_P.size) + 1).round().astype(int)
+    return {f"{a}-{b - 1}": float(np.nanmean(loss_P[a:b])) for a, b in pairwise(starts.tolist())}
+
+
+def write_by_position(path: Path, tally: TokenTally) -> None:
+    """position, mean loss in nats, number of tokens: one line a place of the window."""
+    table = zip(tally.loss_by_place.tolist(), tally.by_place[1].astype(int).tolist(), strict=True)
+    lines = [f"{place},{loss:.6g},{tokens}" for place, (loss, tokens) in enumerate(table)]
+    write_atomic(path, "\n".join(["position,loss,tokens", *lines, ""]))
 
 
 def save_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:

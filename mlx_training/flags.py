@@ -38,14 +38,55 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     _run(parser)
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--split", choices=("train", "validation", "test"), help="default: evaluation.test_split")
-    rows.add_argument("--data", metavar="FILE", type=Path, help="evaluate every row of this file; no split is applied")
+    rows.add_argument(
+        "--data", metavar="FILE", type=Path, help="evaluate every row (or the text) of this file; no split is applied"
+    )
+    _checkpoint(parser)
+    text = parser.add_argument_group("language models")
+    text.add_argument(
+        "--protocol",
+        choices=("windows", "sliding", "lines", "position"),
+        help="windows: as in training (default); sliding: every token once, with as much context as fits; lines: each "
+        "line alone, without BOS; position: windows, and the loss at each place",
+    )
+    text.add_argument(
+        "--context-length", metavar="N", type=int, help="windows, sliding, position: tokens seen; default: the run's"
+    )
+    text.add_argument(
+        "--stride", metavar="N", type=int, help="sliding: tokens from one window to the next; default: half the context"
+    )
+    text.add_argument("--max-lines", metavar="N", type=int, help="lines: the first N that are not blank; default: 100")
+    text.add_argument("--max-tokens", metavar="N", type=int, help="lines: each is cut to N tokens; default: 512")
     _backend(parser, "the run's")
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
     """`generate`."""
     _run(parser)
-    parser.add_argument("--rows", metavar="FILE", type=Path, required=True, help="rows to answer, .jsonl or .parquet")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated")
+    source.add_argument("--prompts", metavar="FILE", type=Path, help="texts to continue, one a line")
+    source.add_argument("--rows", metavar="FILE", type=Path, help="rows about series to answer, .jsonl or .parquet")
+    how = parser.add_argument_group("sampling", "Filters act in this order; what is drawn depends on the seed alone.")
+    how.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        help="divide the logits of tokens that are there already by X (below 0: multiply)",
+    )
+    how.add_argument("--temperature", metavar="T", type=float, help="default: 0, the most probable token")
+    how.add_argument("--top-k", metavar="K", type=int, help="only the K most probable tokens")
+    how.add_argument("--top-p", metavar="P", type=float, help="only the fewest tokens with this probability together")
+    how.add_argument("--min-p", metavar="P", type=float, help="only tokens P times as probable as the first, or more")
+    how.add_argument("--seed", metavar="N", type=int, help="default: 0")
+    how.add_argument("--samples", metavar="N", type=int, default=1, help="continuations of each prompt; default: 1")
+    how.add_argument(
+        "--max-new-tokens", metavar="N", type=int, help="default: 128; of --rows: evaluation.max_new_tokens"
+    )
+    how.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end before this text would appear; may be repeated"
+    )
+    _checkpoint(parser)
     _backend(parser, "the run's")
 
 
@@ -67,6 +108,14 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a training run (its output_dir)")
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--checkpoint", metavar="best|latest|step_...|PATH", help="default: the best, else the latest of the run"
+    )
+    which.add_argument("--every-checkpoint", action="store_true", help="each that the run has kept, side by side")
 
 
 def _backend(parser: argparse.ArgumentParser, default: str) -> None:

@@ -2,9 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_training.errors import CheckpointError, DataError, UserError
+
+if TYPE_CHECKING:
+    from mlx_training.protocols import Protocol
 
 Result = dict[str, Any]
 
@@ -19,21 +22,35 @@ def train(args: argparse.Namespace) -> Result:
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    """Evaluate a run."""
+    """Evaluate a run: one checkpoint, or every one that it has kept."""
     _expect_run(args.run)
     _expect_rows("--data", args.data)
     from mlx_training.evaluate import evaluate_run
+    from mlx_training.every_checkpoint import evaluate_checkpoints
 
-    return evaluate_run(args.run, split=args.split, data=args.data, backend=args.backend)
+    where = {"split": args.split, "data": args.data, "backend": args.backend, "protocol": _protocol(args)}
+    if args.every_checkpoint:
+        return evaluate_checkpoints(args.run, **where)
+    return evaluate_run(args.run, checkpoint=args.checkpoint, **where)
 
 
 def generate(args: argparse.Namespace) -> Result:
-    """Answer the rows of a file."""
+    """Continue prompts, or answer the rows of a file."""
     _expect_run(args.run)
     _expect_rows("--rows", args.rows)
-    from mlx_training.generate import generate_rows
+    _expect_prompts(args.prompts)
+    if args.rows is not None:
+        return _generate_rows(args)
+    from mlx_training.every_checkpoint import generate_at_checkpoints
+    from mlx_training.generate import generate_texts, on_terminal, read_prompts
+    from mlx_training.sampling import Sampling
 
-    return generate_rows(args.run, args.rows, backend=args.backend)
+    prompts = args.prompt or read_prompts(args.prompts)
+    how = {"backend": args.backend, "sampling": Sampling(**_sampling(args)), "samples": args.samples}
+    if args.every_checkpoint:
+        return generate_at_checkpoints(args.run, prompts, **how)
+    watch = on_terminal(prompts, args.samples)
+    return generate_texts(args.run, prompts, checkpoint=args.checkpoint, watch=watch, **how)
 
 
 def validate(args: argparse.Namespace) -> Result:
@@ -138,6 +155,30 @@ def schema(args: argparse.Namespace) -> Result:
     return json_schema()
 
 
+def _generate_rows(args: argparse.Namespace) -> Result:
+    if args.every_checkpoint or args.samples != 1:
+        raise UserError("--rows: one answer a row; --every-checkpoint and --samples go with prompts")
+    from mlx_training.generate import generate_rows
+
+    return generate_rows(args.run, args.rows, args.backend, checkpoint=args.checkpoint, sampling=_sampling(args))
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of Sampling's fields that were given."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return given | ({"stop": tuple(args.stop)} if args.stop else {})
+
+
+def _protocol(args: argparse.Namespace) -> "Protocol | None":
+    """The protocol that flags ask for, if any does."""
+    from mlx_training.protocols import Protocol
+
+    names = ("context_length", "stride", "max_lines", "max_tokens")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return Protocol(args.protocol or "windows", **given) if args.protocol or given else None
+
+
 def _overrides(args: argparse.Namespace) -> list[str]:
     backend = getattr(args, "backend", None)
     return [*args.overrides, *([f"backend={backend}"] if backend else [])]
@@ -152,3 +193,8 @@ def _expect_run(run: Path, name: str = "RUN") -> None:
 def _expect_rows(flag: str, path: Path | None) -> None:
     if path is not None and not path.is_file():
         raise DataError(f"{flag} {str(path)!r} is not a file; give one of rows, in the run's own format or canonical")
+
+
+def _expect_prompts(path: Path | None) -> None:
+    if path is not None and not path.is_file():
+        raise DataError(f"--prompts {str(path)!r} is not a file; give a text file with one prompt a line")

@@ -38,6 +38,11 @@ class Encoded:
     def __len__(self) -> int:
         return self.tokens.size
 
+    @classmethod
+    def of_text(cls, tokens: np.ndarray, prompt_length: int) -> "Encoded":
+        """A row without series."""
+        return cls(tokens, prompt_length, (), np.zeros((0, 2), np.float32), np.zeros(tokens.size, np.int32), (), 1)
+
 
 class PromptEncoder:
     """Tokenise and normalise rows.
