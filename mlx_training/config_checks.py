@@ -36,6 +36,7 @@ UNREAD = {
         *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length"),
         *("evaluation.max_new_tokens", "evaluation.save_predictions"),
     ),
+    "timeseries": ("evaluation.samples",),
     "text": (
         *("dataset.num_samples_train", "dataset.num_samples_validation", "dataset.num_samples_test"),
         *("dataset.splits.file", "dataset.splits.group", "dataset.splits.by_group", "dataset.splits.seed"),
@@ -242,6 +243,11 @@ def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     if best.removeprefix("eval/") not in evaluation.metrics:
         message = f"given {best}; evaluation.metrics has only {', '.join(evaluation.metrics) or 'nothing'}"
         yield Conflict(("checkpoint.best", "evaluation.metrics"), message)
+    if (samples := evaluation.samples) and not samples.temperature:
+        for key in ("top_k", "top_p", "min_p"):
+            if getattr(samples, key) is not None:
+                message = "temperature 0 always takes the most probable token; give a temperature above 0, e.g. 1"
+                yield Conflict((f"evaluation.samples.{key}", "evaluation.samples.temperature"), message)
     if isinstance(config.model, LanguageConfig) and {*evaluation.metrics} - {"loss"}:
         message = f"a {config.model.family} has no answers to score; give [loss]"
         yield Conflict(("evaluation.metrics", "model.family"), message)

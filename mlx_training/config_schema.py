@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_training.config_checks import fill_defaults, find_conflicts
 from mlx_training.config_model import ModelConfig
+from mlx_training.config_samples import Samples
 from mlx_training.config_section import Beta, Count, Fraction, Positive, Rate, Section, Seed, Text, as_tuple, either
 
 Split = Literal["train", "validation", "test"]
@@ -198,6 +199,8 @@ class Evaluation(Section):
     """Most rows per evaluation while training; null: all."""
     save_predictions: bool = True
     """Write every row's prediction of the final report to the run directory."""
+    samples: Samples | None = None
+    """{prompts: [TEXT, ...], ...}: texts that a language model writes while it is trained; null: none."""
 
 
 class CheckpointConfig(Section):

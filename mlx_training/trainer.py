@@ -30,6 +30,7 @@ from mlx_training.opentslm import load_initial
 from mlx_training.progress import Progress
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
+from mlx_training.samples import SAMPLES, TrainingSamples
 from mlx_training.signals import interruptible, stoppable
 from mlx_training.tracking import WANDB_ID, StepTimer, Tracker, open_tracker
 
@@ -77,8 +78,8 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     if not store.has_best:  # resumed before the best one, or in another directory
         progress.best = None
     if not (checkpoint and store.holds(checkpoint.path)):
-        set_aside(run / METRICS)
-        set_aside(run / norms.FILE)
+        for log in (METRICS, norms.FILE, SAMPLES):
+            set_aside(run / log)
         (run / WANDB_ID).unlink(missing_ok=True)
     (run / RESULT).unlink(missing_ok=True)
     describe_run(run, assembly, backend.name)
@@ -99,6 +100,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
         closing(CheckpointWriter(store)) as writer,
         tracker_of(run, config, first, progress.evaluated, total_steps) as tracker,
         closing(JsonLines(run / norms.FILE, from_step=first, lazy=True)) as probe_log,
+        closing(TrainingSamples(run, evaluator, first, timer.restart)) as samples,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
     ):
 
@@ -140,6 +142,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
                 progress.skipped, progress.seconds = guard.skipped, base_seconds + time.monotonic()
                 values = seen | {f"lr/{group}": rate for group, rate in rates.items()} | timer.read()
                 tracker.log(number, values | {"memory_gb": backend.peak_memory() / 1e9})
+            samples.write(number)
             improved = evaluates and evaluate()
             if saves and (evaluates or stopping or not guard.in_a_row):  # else the last update may have been a bad one
                 save(best=improved)

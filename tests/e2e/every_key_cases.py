@@ -30,11 +30,12 @@ BASES: dict[str, tuple[str, ...]] = {
     "strided": ("model.decoder.mixers=[strided]", "model.decoder.stride=4"),
     "fixed": ("model.decoder.mixers=[fixed]", "model.decoder.fixed={block_size: 2, local_context: 8}"),
     "experts": ("model.decoder.experts={num_experts: 4}",),
+    "samples": ("evaluation.samples={prompts: [The series], every_steps: 2, max_new_tokens: 12, temperature: 1}",),
     "learned": ("model.decoder.positions=learned",),
     "text": ("dataset={path: text.jsonl, format: text}", *NO_LIMITS),
     "text file": ("dataset={path: text.txt, format: text}", *NO_LIMITS),
 }
-DECODERS = ("decoder", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
+DECODERS = ("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -177,6 +178,15 @@ CASES: list[tuple[str, str, str, str]] = [
     ("evaluation.batch_size", "rows", "evaluation.batch_size=3", "evaluation batches"),
     ("evaluation.max_rows", "rows", "evaluation.max_rows=2", "evaluations"),
     ("evaluation.save_predictions", "rows", "evaluation.save_predictions=false", "files"),
+    ("evaluation.samples.prompts", "samples", "evaluation.samples.prompts=[What]", "samples"),
+    ("evaluation.samples.every_steps", "samples", "evaluation.samples.every_steps=3", "samples"),
+    ("evaluation.samples.max_new_tokens", "samples", "evaluation.samples.max_new_tokens=3", "samples"),
+    ("evaluation.samples.temperature", "samples", "evaluation.samples.temperature=0", "samples"),
+    ("evaluation.samples.top_k", "samples", "evaluation.samples.top_k=2", "samples"),
+    ("evaluation.samples.top_p", "samples", "evaluation.samples.top_p=0.2", "samples"),
+    ("evaluation.samples.min_p", "samples", "evaluation.samples.min_p=0.9", "samples"),
+    ("evaluation.samples.repetition_penalty", "samples", "evaluation.samples.repetition_penalty=9", "samples"),
+    ("evaluation.samples.stop", "samples", "evaluation.samples.stop=[a, e, ' ']", "samples"),
     ("checkpoint.every_steps", "rows", "checkpoint.every_steps=3", "files"),
     ("checkpoint.keep", "rows", "checkpoint.keep=1", "files"),
     ("checkpoint.best", "rows", "checkpoint.best=eval/accuracy", "best"),

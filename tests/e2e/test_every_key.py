@@ -26,12 +26,24 @@ from mlx_training.config import RunConfig, load_config
 from mlx_training.data.rows import row_to_dict, write_rows
 from mlx_training.errors import UserError
 from mlx_training.json_lines import read_metrics
+from mlx_training.samples import SAMPLES
 from mlx_training.trainer import train
 from tests.e2e.every_key_cases import BASES, CASES, DECODERS
 from tests.e2e.tiny import decoder_config, rows, save_tiny_llama, timeseries_config
 
 # A change in what a run is made of shows everywhere; these keys act later and must leave it alone.
-LATER = ("parameters", "rates", "evaluations", "predictions", "evaluation batches", "files", "best", "lines", "tracker")
+LATER = (
+    "parameters",
+    "rates",
+    "evaluations",
+    "predictions",
+    "evaluation batches",
+    "files",
+    "best",
+    "lines",
+    "tracker",
+    "samples",
+)
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -187,6 +199,7 @@ def look(config: RunConfig, sizes: list[int], wandb: FakeWandb) -> dict[str, Any
         "files": files,
         "best": (run / "checkpoints/best").read_text(),
         "predictions": {name: (run / name).read_text() for name in files if name.startswith("predictions")},
+        "samples": (run / SAMPLES).read_text() if (run / SAMPLES).exists() else "",
         "evaluation batches": list(sizes),
         "tracker": wandb.told,
     }
