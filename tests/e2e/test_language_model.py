@@ -67,10 +67,11 @@ def test_greedy_text_is_that_of_the_whole_forward_pass(lm: LoadedRun) -> None:
 
 
 def test_a_text_does_not_depend_on_its_neighbours(lm: LoadedRun) -> None:
-    sampling = Sampling(1.5, top_p=0.95, repetition_penalty=1.1, seed=3, max_new_tokens=12)
+    """Rows end at different times; those that go on are not disturbed."""
+    sampling = Sampling(1.5, top_p=0.95, repetition_penalty=1.1, seed=3, max_new_tokens=12, stop=("a", "o"))
     generator = generator_of(lm, sampling)
     together = generator.texts(PROMPTS, samples=2)
-    assert generator.batch_size == 4 and len({item.text for item in together}) == 6
+    assert generator.batch_size == 4 and len({len(item.tokens) for item in together}) > 2
     small = generator_of(lm, sampling)
     object.__setattr__(small, "batch_size", 1)
     assert [item.tokens for item in small.texts(PROMPTS, samples=2)] == [item.tokens for item in together]
