@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -34,7 +34,7 @@ class Text(NamedTuple):
     """A text to evaluate a language model on; `split` where it is one of the run's own."""
 
     tokens: np.ndarray
-    documents: Sequence[str]
+    documents: Callable[[], Sequence[str]]
     split: str | None = None
 
 
@@ -86,7 +86,8 @@ class Evaluator:
         assert isinstance(self.data, TextData)
         tokenizer = self.data.tokenizer
         filled = protocol.filled(self.data.context_length, self.model.spec.max_length)
-        windows = windows_of(filled, text.tokens, text.documents, tokenizer)
+        documents = text.documents() if filled.name == "lines" else ()
+        windows = windows_of(filled, text.tokens, documents, tokenizer)
         batches = eval_batches(windows, lambda window: window, self.batch_size, collate_windows)
         if protocol == Protocol() and text.split is not None:
             batches = self.data.eval_batches(text.split, self.batch_size, None)
@@ -167,13 +168,13 @@ def evaluate_loaded(
 def text_of_split(data: TextData, split: str) -> Text:
     """A split of a run on text."""
     tokens = data.tokens(split)
-    return Text(tokens, documents_of(tokens, data.tokenizer), split)
+    return Text(tokens, lambda: documents_of(tokens, data.tokenizer), split)
 
 
 def text_of_file(data: TextData, path: Path) -> Text:
     """Another text, with a run's tokenizer."""
     documents = data.read(path)
-    return Text(encode_documents(documents, data.tokenizer), documents)
+    return Text(encode_documents(documents, data.tokenizer), lambda: documents)
 
 
 def binned(loss_P: np.ndarray) -> dict[str, float]:
