@@ -13,7 +13,17 @@ from tools.document_config import COMMAND, PAGE, page
 DOCS = PAGE.parent
 PAGES = [
     DOCS / f"{name}.md"
-    for name in ("checkpoints", "configuration", "data", "doctor", "grad_norm_is_zero", "opentslm", "parity", "plan")
+    for name in (
+        "checkpoints",
+        "configuration",
+        "data",
+        "doctor",
+        "generation",
+        "grad_norm_is_zero",
+        "opentslm",
+        "parity",
+        "plan",
+    )
 ]
 TITLED = re.compile(r"```yaml\n# my.yaml\n(.*?)```\n\n```\n\$ mlx-training validate my.yaml (.*?)\n(.*?)```", re.DOTALL)
 
