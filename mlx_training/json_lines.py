@@ -49,9 +49,11 @@ class JsonLines:
                 self.file.close()
 
 
-def set_aside(path: Path) -> None:
+def set_aside(*paths: Path) -> None:
     """Keep what an earlier attempt logged, under the first free name PATH.1, PATH.2, ..., and say so."""
-    if path.is_file() and read_metrics(path):
+    for path in paths:
+        if not path.is_file() or not read_metrics(path):
+            continue
         kept = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
         path.rename(kept)
         print(f"warning: {path} is of steps that no checkpoint here has; it is kept as {kept.name}", file=sys.stderr)

@@ -78,8 +78,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     if not store.has_best:  # resumed before the best one, or in another directory
         progress.best = None
     if not (checkpoint and store.holds(checkpoint.path)):
-        for log in (METRICS, norms.FILE, SAMPLES):
-            set_aside(run / log)
+        set_aside(run / METRICS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
     (run / RESULT).unlink(missing_ok=True)
     describe_run(run, assembly, backend.name)
