@@ -70,12 +70,11 @@ def filtered(logits_BV: np.ndarray, sampling: Sampling, texts: Sequence[Sequence
         least = np.partition(x_BV, -sampling.top_k)[:, -sampling.top_k, None]
         x_BV = np.where(x_BV < least, -np.inf, x_BV)
     if sampling.top_p is not None and sampling.top_p < 1:
-        order = np.argsort(x_BV, axis=-1, kind="stable")
-        below = np.take_along_axis(softmax(x_BV), order, -1).cumsum(-1) <= 1 - sampling.top_p
-        below[:, -1] = False
-        drop = np.empty_like(below)
-        np.put_along_axis(drop, order, below, -1)
-        x_BV = np.where(drop, -np.inf, x_BV)
+        p_BV = softmax(x_BV)
+        ascending_BV = np.sort(p_BV, axis=-1)
+        dropped_B = (ascending_BV.cumsum(-1) <= 1 - sampling.top_p).sum(-1, keepdims=True)
+        least = np.take_along_axis(ascending_BV, np.minimum(dropped_B, p_BV.shape[-1] - 1), -1)
+        x_BV = np.where(p_BV < least, -np.inf, x_BV)
     if sampling.min_p:
         p_BV = softmax(x_BV)
         x_BV = np.where(p_BV < sampling.min_p * p_BV.max(-1, keepdims=True), -np.inf, x_BV)
