@@ -60,7 +60,6 @@ ROOMS = (
         "generate",
         "evaluate",
         "samples",
-        "evaluate",
         "every_checkpoint",
         "export",
         "diagnostics",
