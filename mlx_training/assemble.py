@@ -6,31 +6,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_training import backend as backends
 from mlx_training.backend import Backend, Runtime
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import MODEL, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
-from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
+from mlx_training.config_model import TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
-from mlx_training.data.corpus import corpus_documents
 from mlx_training.data.importers import SUFFIXES, load_rows
 from mlx_training.data.prompt import Encoded, PromptEncoder
 from mlx_training.data.questions import QuestionDataset
 from mlx_training.data.rows import Row
-from mlx_training.data.splits import SplitSpec, load_splits
-from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_documents
-from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
+from mlx_training.data.splits import SPLITS, SplitSpec, load_splits
+from mlx_training.data.text_data import TextData, load_text, vocabulary_size
+from mlx_training.data.tokenizer import Tokenizer, check_vocabulary
 from mlx_training.environment import resolve_backend
 from mlx_training.errors import CheckpointError, DataError
 from mlx_training.llm_source import describe_llm, read_llm_config, resolve_llm
 from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -89,42 +84,6 @@ class RowData:
             self.encoder.check(row, with_answer=with_answers)
 
 
-@dataclass(frozen=True)
-class TextData:
-    """Windows of text, by split."""
-
-    splits: dict[str, TextWindows]
-    tokenizer: Tokenizer
-    config: RunConfig
-
-    def train_batches(self) -> Batches[np.ndarray, np.ndarray]:
-        """Training micro-batches by index."""
-        windows = _pick(self.splits, "train")
-        size, seed = self.config.training.batch_size, self.config.experiment.seed
-        return Batches(windows, lambda window: window, size, seed, windows.collate)
-
-    def eval_batches(self, split: str, batch_size: int, limit: int | None) -> Iterator[Batch]:
-        """Every window of a split once (at most `limit`)."""
-        windows = _pick(self.splits, split)
-        chosen = [windows[i] for i in range(min(len(windows), limit or len(windows)))]
-        return eval_batches(chosen, lambda window: window, batch_size, windows.collate)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of a training window."""
-        return self.splits["train"].context_length
-
-    def tokens(self, split: str) -> np.ndarray:
-        """All tokens of a split, in order, int32 (N,)."""
-        return _pick(self.splits, split).tokens
-
-    def read(self, path: Path) -> list[str]:
-        """The documents of another file or folder, parted as this run's own are."""
-        data = self.config.dataset
-        options = data.options.model_dump(exclude_none=True) if data.format == "text" else {}
-        return read_documents(path, **options)
-
-
 Data = RowData | TextData
 
 
@@ -169,8 +128,8 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
             max_series=spec.encoder.max_series,
         )
         return Assembly(config, spec, RowData(tokenizer, encoder, config))
-    data = _text_data(config, config.model, run)
-    return Assembly(config, config.model.spec(data.tokenizer.vocab_size), data)
+    data = load_text(config, config.model, run)
+    return Assembly(config, config.model.spec(vocabulary_size(config.model, data.tokenizer)), data)
 
 
 def timeseries_spec(model: TimeSeriesConfig) -> TimeSeriesSpec:
@@ -233,7 +192,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
     groups: dict[str, int] = {}
     for param in spec.params().values():
         groups[param.group] = groups.get(param.group, 0) + param.size
-    return {
+    summary: dict[str, Any] = {
         "config": config.experiment.name,
         "family": config.model.family,
         "trainable_parameters": groups,
@@ -241,6 +200,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
         "rows": {name: len(rows) for name, rows in data.splits.items()},
         "first_batch": {"tokens": list(first.tokens.shape), "supervised": first.num_supervised},
     }
+    return summary | {"text": data.summary()} if isinstance(data, TextData) else summary
 
 
 def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:
@@ -253,41 +213,6 @@ def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:
     options = data.options.model_dump(exclude_none=True)
     splits = load_splits(data.path, data.format, SplitSpec(**data.splits.model_dump(exclude_none=True)), **options)
     return {name: rows[: limits[name]] for name, rows in splits.items()}
-
-
-def _text_data(config: RunConfig, model: LanguageConfig, run: Path | None) -> TextData:
-    data = config.dataset
-    limits = {name: getattr(data, f"num_samples_{name}") for name in SPLITS}
-    if data.format == "corpus":
-        seed = config.experiment.seed
-        documents = {n: list(corpus_documents(seed, n, limits[n])) for n in SPLITS}
-    else:
-        assert data.path is not None, "the configuration checks this"
-        assert data.splits is not None and data.splits.fraction is not None, "the configuration checks this"
-        texts = read_documents(data.path, **data.options.model_dump(exclude_none=True))
-        documents = split_documents(texts, data.splits.fraction.model_dump(exclude_none=True))
-    tokenizer = _text_tokenizer(model, documents["train"], run)
-    streams = {name: encode_documents(texts, tokenizer) for name, texts in documents.items()}
-    return TextData(
-        {name: TextWindows(stream, model.context_length) for name, stream in streams.items()}, tokenizer, config
-    )
-
-
-def _text_tokenizer(model: LanguageConfig, texts: Sequence[str], run: Path | None) -> Tokenizer:
-    """The tokenizer of a directory, the one this run has trained, or one trained now.
-
-    Without config.yaml a tokenizer in `run` is what an attempt with other text or settings left behind.
-    """
-    if isinstance(model.tokenizer, str):
-        return Tokenizer.load(model.tokenizer)
-    if run is not None and (run / "config.yaml").is_file() and (run / "tokenizer" / "tokenizer.json").is_file():
-        return Tokenizer.load(run / "tokenizer")
-    if run is not None:
-        return train_bpe(texts, model.tokenizer.train, run / "tokenizer")
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as directory:
-        return train_bpe(texts, model.tokenizer.train, directory)
 
 
 def _context_length(directory: Path) -> int | None:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from mlx_training.config_language import DecoderShape
 from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, TimeSeriesConfig
@@ -32,14 +32,18 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.opt
 }
 # Keys that mean nothing there: changing one is an error, as it would be ignored.
 UNREAD = {
+    "timeseries": (
+        *("dataset.sources", "dataset.packing", "dataset.cache_dir", "dataset.splits.unit"),
+        *("training.objective", "training.fim_rate", "training.fim_spm_rate", "evaluation.samples"),
+    ),
+    "corpus": ("dataset.sources", "dataset.cache_dir"),
     "language": (  # every family on text
         *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length"),
         *("evaluation.max_new_tokens", "evaluation.save_predictions"),
     ),
-    "timeseries": ("evaluation.samples",),
     "text": (
         *("dataset.num_samples_train", "dataset.num_samples_validation", "dataset.num_samples_test"),
-        *("dataset.splits.file", "dataset.splits.group", "dataset.splits.by_group", "dataset.splits.seed"),
+        *("dataset.splits.group", "dataset.splits.by_group"),
     ),
 }
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
@@ -102,6 +106,8 @@ def find_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     yield from _model_conflicts(config)
     yield from _dataset_conflicts(config)
     yield from _training_conflicts(config)
+    if isinstance(config.model, LanguageConfig):
+        yield from _text_conflicts(config, config.model)
 
 
 def _model_conflicts(config: "RunConfig") -> Iterator[Conflict]:
@@ -167,7 +173,9 @@ def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     for reader, key in readers.items():
         for unread in UNREAD.get(key, ()):
             *sections, name = unread.split(".")
-            section = reduce(getattr, sections, config)
+            section: Any = reduce(lambda node, part: getattr(node, part, None), sections, cast(Any, config))
+            if section is None:  # generated data has no splits
+                continue
             value, default = getattr(section, name), type(section).model_fields[name].default
             if value != default:
                 named = family if reader == "model.family" else key
@@ -187,10 +195,39 @@ def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
                 message = f"{data.format} is generated and has no {key}; remove this key or change dataset.format"
                 yield Conflict((f"dataset.{key}", "dataset.format"), message)
     else:
-        if data.path is None:
+        if data.path is not None and data.sources is not None:
+            message = "both say where the text is; keep one of them (null removes a key)"
+            yield Conflict(("dataset.sources", "dataset.path"), message)
+        elif data.path is None and data.sources is None:
             message = "missing; give the file or folder of the data, as in dataset.path=FILE"
             yield Conflict(("dataset.path", "dataset.format"), message)
         yield from _split_conflicts(config)
+
+
+def _text_conflicts(config: "RunConfig", model: LanguageConfig) -> Iterator[Conflict]:
+    data, training, tokenizer = config.dataset, config.training, model.tokenizer
+    if not isinstance(tokenizer, str):
+        if (tokenizer.train is None) == (tokenizer.load is None):
+            given = "neither is given" if tokenizer.train is None else "both are given (null removes a key)"
+            message = f"{given}; exactly one of train and load"
+            yield Conflict(("model.tokenizer.load", "model.tokenizer.train", "model.tokenizer"), message)
+        elif tokenizer.pattern is not None and tokenizer.load is None:
+            message = "it is read with the tiktoken file that model.tokenizer.load names; remove it"
+            yield Conflict(("model.tokenizer.pattern", "model.tokenizer.load"), message)
+    if data.packing == "documents" and not model.reads_segments:
+        message = f"documents is read by the decoder family; {config.model.family} reads windows"
+        yield Conflict(("dataset.packing", "model.family"), message)
+    for key in ("fim_rate", "fim_spm_rate"):
+        if training.objective != "fill_in_the_middle" and getattr(training, key) != 0.5:
+            message = f"objective: {training.objective} does not read it; remove it or give fill_in_the_middle"
+            yield Conflict((f"training.{key}", "training.objective"), message)
+    if data.sources is not None:
+        weights = [source.weight is None for source in data.sources]
+        if any(weights) and not all(weights):
+            yield Conflict(("dataset.sources",), "some sources have a weight and some have none; give all or none")
+        if data.splits is not None and data.splits.file is not None:
+            message = "files per split go with dataset.path; sources are divided by fraction"
+            yield Conflict(("dataset.splits.file", "dataset.sources"), message)
 
 
 def _split_conflicts(config: "RunConfig") -> Iterator[Conflict]:

@@ -1,30 +1,40 @@
 """The `model` section of the families that are trained from scratch on text."""
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag
 
-from mlx_training.config_section import Count, Dropout, Positive, Rate, Section, Text, as_tuple, either
+from mlx_training.config_section import Count, Dropout, Names, Positive, Rate, Section, Text, as_tuple, either
 from mlx_training.spec import DecoderSpec, ExpertsSpec, FixedPattern, RopeScaling, Spec
 from mlx_training.spec.mixers import Mixer
 
 
-class TrainTokenizer(Section):
-    """Train a byte-level BPE tokenizer on the training text."""
+class TokenizerConfig(Section):
+    """A tokenizer that is trained here, or one of files with special tokens added to it."""
 
-    train: Annotated[int, Field(ge=259)]
-    """Size of its vocabulary: 256 bytes, <bos>, <eos>, <pad> and merges."""
+    train: Annotated[int, Field(ge=259)] | None = None
+    """Train a byte-level BPE on the training text; its size: 256 bytes, <bos>, <eos>, <pad> and merges."""
+    load: Text | None = None
+    """Directory or file of a tokenizer; exactly one of train and load."""
+    special_tokens: Names = ()
+    """Tokens to add, with the ids after its last one; a name with {0..99} in it stands for a hundred."""
+    pattern: Literal["gpt2", "cl100k"] | None = None
+    """Of a tiktoken file: where text is cut before bytes are merged; null: gpt2 for 50,256 tokens, else cl100k."""
 
 
 class LanguageConfig(Section):
     """A language model on text: its sizes, in a section named as the family, and its tokenizer."""
 
+    reads_segments: ClassVar[bool] = False  # several documents in a row, none of which sees another
+
     tokenizer: Annotated[
-        Annotated[Text, Tag("<directory>")] | Annotated[TrainTokenizer, Tag("<train>")],
-        either("<train>", "<directory>"),
-    ] = TrainTokenizer(train=640)
-    """Directory of a tokenizer, or {train: vocabulary size}."""
+        Annotated[Text, Tag("<directory>")] | Annotated[TokenizerConfig, Tag("<options>")],
+        either("<options>", "<directory>"),
+    ] = TokenizerConfig(train=640)
+    """Directory or file of a tokenizer, {train: vocabulary size}, or {load: PATH, special_tokens: [...]}."""
+    vocab_size: Count | None = None
+    """Ids that the model embeds; null: the tokenizer's. More are unused rows; fewer are an error."""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -143,6 +153,8 @@ class DecoderShape(Section):
 
 class DecoderConfig(LanguageConfig):
     """A GPT- or Llama-shaped language model trained from scratch."""
+
+    reads_segments: ClassVar[bool] = True
 
     family: Literal["decoder"]
     """decoder: a GPT- or Llama-shaped LM from scratch."""

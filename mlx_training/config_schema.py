@@ -10,14 +10,24 @@ from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_training.config_checks import fill_defaults, find_conflicts
+from mlx_training.config_dataset import Dataset
 from mlx_training.config_model import ModelConfig
 from mlx_training.config_samples import Samples
-from mlx_training.config_section import Beta, Count, Fraction, Positive, Rate, Section, Seed, Text, as_tuple, either
+from mlx_training.config_section import (
+    Beta,
+    Count,
+    Fraction,
+    Names,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Text,
+    as_tuple,
+    either,
+)
 
 Split = Literal["train", "validation", "test"]
-Names = Annotated[tuple[str, ...], as_tuple]
-Groups = Annotated[tuple[str | int, ...], as_tuple]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Factor = Annotated[float, Field(gt=1)]
 
 
@@ -32,116 +42,6 @@ class Experiment(Section):
     """Free text, kept with the run."""
 
 
-class SplitFiles(Section):
-    """One file per split, beside dataset.path (or in it, where it is a folder)."""
-
-    train: str
-    validation: str | None = None
-    test: str | None = None
-
-
-class SplitGroups(Section):
-    """Whole groups (subjects, recordings) by name. Without `train`, every group that is not named trains."""
-
-    train: Groups | None = None
-    validation: Groups | None = None
-    test: Groups | None = None
-
-
-class SplitFractions(Section):
-    """Shares of the rows; what is left of 1 trains."""
-
-    validation: Share | None = None
-    test: Share | None = None
-
-
-class Splits(Section):
-    """How rows are divided: by file, then by group, then by fraction; each split is named once."""
-
-    file: SplitFiles | None = None
-    """{train: FILE, validation: FILE, test: FILE}."""
-    group: SplitGroups | None = None
-    """{validation: [names], test: [names]}: no group is in two splits."""
-    fraction: SplitFractions | None = None
-    """{validation: 0.1, test: 0.1} of what files and groups leave, drawn by `seed` (text: cut in order)."""
-    by_group: bool = False
-    """Draw fractions of the groups instead of the rows."""
-    seed: Seed = 0
-    """Which rows a fraction draws; apart from experiment.seed, so that runs with other seeds share their test."""
-
-
-class DatasetOptions(Section):
-    """What an importer cannot know from the file: names of arrays and columns, and the words of the prompt."""
-
-    question: str | None = None
-    """ts, npz, csv: text before the series."""
-    post_prompt: str | None = None
-    """ts, npz, csv: text after the series; "{options}" in it becomes the list of answers."""
-    channel_names: Names | None = None
-    """ts, npz, csv: one text per channel, before its series."""
-    label_names: dict[str, str] | None = None
-    """ts, npz, csv: class label -> answer text."""
-    x: str | None = None
-    """npz: array of windows, (n, T) or (n, T, C); null: X."""
-    y: str | None = None
-    """npz: array of labels; null: y."""
-    labels: str | None = None
-    """npz: array of label names that y indexes; null: labels, where present."""
-    group: str | None = None
-    """npz: array of groups for splits; null: subject, where present."""
-    series_columns: Names | None = None
-    """csv: columns that each hold a series as a list; null: [series]."""
-    value_columns: Names | None = None
-    """csv: [first, last] of a range of columns with one number each, instead of series_columns."""
-    answer_column: str | None = None
-    """csv: null: label."""
-    question_column: str | None = None
-    """csv: column of the text before the series."""
-    id_column: str | None = None
-    """csv: column that names the row."""
-    group_column: str | None = None
-    """csv: column of groups for splits."""
-    type_column: str | None = None
-    """csv: column of question types; chance and accuracy are reported per type."""
-    answer_with: Literal["text", "letter"] | None = None
-    """timeseriesexam: the option's text (null), or its letter."""
-    captions: str | None = None
-    """m4: file of the captions."""
-    records: str | None = None
-    """ecg_qa_cot: folder of the PTB-XL records."""
-    template_answers: str | None = None
-    """ecg_qa_cot: table of the answers that each question template allows."""
-    text_column: str | None = None
-    """text: field of a .jsonl file; null: text."""
-    separator: str | None = None
-    """text: what stands between documents in a text file; null: a file is one document."""
-
-
-class Dataset(Section):
-    path: str | None = None
-    """File or directory; null for generated formats."""
-    format: Literal[
-        "auto", "jsonl", "parquet", "tsqa", "timeseriesexam", "m4", "har_cot", "sleep_cot", "ecg_qa_cot", "ts", "npz",
-        "csv", "questions", "corpus", "text",
-    ] = "auto"  # fmt: skip
-    """How the file is read; auto goes by its suffix. questions and corpus are generated."""
-    splits: Splits | None = None
-    """How rows are divided; null: {fraction: {validation: 0.1, test: 0.1}}. Generated data has its own splits."""
-    num_samples_train: Count | None = None
-    """Rows (documents) to generate, or the most to use of a file; null: 100000 generated, or the whole file."""
-    num_samples_validation: Count | None = None
-    """The same for validation; null: 500 generated, or the whole split."""
-    num_samples_test: Count | None = None
-    """The same for the test; null: 1000 generated, or the whole split."""
-    normalize: Literal["zscore", "none"] = "zscore"
-    """Each series to mean 0 and standard deviation 1, or left as it is."""
-    stats_in_text: bool = True
-    """Say each series' mean and standard deviation in its text."""
-    max_length: Count | None = None
-    """Most tokens a row may have, patches and answer included; null: what the LM allows."""
-    options: DatasetOptions = DatasetOptions()
-
-
 class Training(Section):
     max_steps: Count | None = None
     """Optimiser steps; exactly one of max_steps and num_epochs."""
@@ -151,6 +51,12 @@ class Training(Section):
     """Rows per micro-batch."""
     grad_accumulation_steps: Count = 1
     """Micro-batches per optimiser step."""
+    objective: Literal["causal", "fill_in_the_middle"] = "causal"
+    """Predict the next token; fill_in_the_middle: with documents turned around, so that the model can fill gaps."""
+    fim_rate: Fraction = 0.5
+    """fill_in_the_middle: share of the documents that are turned around, drawn anew each epoch."""
+    fim_spm_rate: Fraction = 0.5
+    """fill_in_the_middle: share of those with the suffix first (SPM), not the prefix (PSM)."""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW with bias correction; its state is float32."""
     betas: Annotated[tuple[Beta, Beta], as_tuple] = (0.9, 0.999)

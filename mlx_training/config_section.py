@@ -15,6 +15,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
+Names = Annotated[tuple[str, ...], as_tuple]
+
 
 def either(mapping: str, otherwise: str) -> Discriminator:
     """Choose a union's branch by whether a mapping stands there, so that an error speaks of one branch only."""

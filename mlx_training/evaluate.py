@@ -16,7 +16,7 @@ from mlx_training.backend import Backend
 from mlx_training.config import RunConfig
 from mlx_training.data.batching import eval_batches
 from mlx_training.data.rows import Row
-from mlx_training.data.text import encode_documents
+from mlx_training.data.token_cache import encode_documents
 from mlx_training.errors import UserError
 from mlx_training.generate import Generator
 from mlx_training.memory import full_memory_explained, reading_advice

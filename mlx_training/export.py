@@ -13,6 +13,7 @@ from mlx_training.assemble import timeseries_spec
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
 from mlx_training.config_model import DecoderConfig, LanguageConfig
+from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.llm_source import GROUP_SIZES
@@ -77,7 +78,7 @@ def export_huggingface(run: Path, target: Path) -> str:
         raise ConfigError(f"{run}: a {config.model.family} run; only decoder runs can be exported as a Llama directory")
     source = _tokenizer_of(config.model, run)
     tokenizer = Tokenizer.load(source)
-    spec = config.model.spec(tokenizer.vocab_size)
+    spec = config.model.spec(vocabulary_size(config.model, tokenizer))
     if misfits := spec.not_llama():
         raise ConfigError(
             f"{run}: Hugging Face's Llama has no {', '.join(misfits)}; this model cannot be exported as one"
@@ -86,8 +87,11 @@ def export_huggingface(run: Path, target: Path) -> str:
     shapes = {name: array.shape for name, array in checkpoint.model.items()}
     check_shapes({name: p.shape for name, p in spec.params().items()}, shapes, str(checkpoint.path))
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.glob("*token*")):  # tokenizer.json, tokenizer_config.json, tokenizer.model, ...
-        (target / file.name).write_bytes(file.read_bytes())
+    if (source / "tokenizer.json").is_file() or (source / "tokenizer.model").is_file():
+        for file in sorted(source.glob("*token*")):  # tokenizer.json, tokenizer_config.json, tokenizer.model, ...
+            (target / file.name).write_bytes(file.read_bytes())
+    else:  # files of GPT-2 or tiktoken
+        tokenizer.save(target)
     save_file(checkpoint.model, target / "model.safetensors", metadata={"format": "pt"})
     special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     (target / "config.json").write_text(json.dumps(spec.hf_config(**special), indent=1) + "\n")
@@ -114,7 +118,7 @@ def run_spec(run: Path) -> Spec:
     """The spec of a trained run, without reading its data. Raises UserError where its LM or tokenizer is gone."""
     model = read_run_config(run).model
     if isinstance(model, LanguageConfig):
-        return model.spec(Tokenizer.load(_tokenizer_of(model, run)).vocab_size)
+        return model.spec(vocabulary_size(model, Tokenizer.load(_tokenizer_of(model, run))))
     return timeseries_spec(model)
 
 
@@ -134,4 +138,5 @@ def _export_mlx(run: Path, target: Path, bits: int, group_size: int) -> str:
 
 def _tokenizer_of(model: LanguageConfig, run: Path) -> Path:
     source = Path(model.tokenizer) if isinstance(model.tokenizer, str) else run / "tokenizer"
-    return source.parent if source.is_file() else source
+    whole = source.name in ("tokenizer.json", "tokenizer.model")
+    return source.parent if whole and source.is_file() else source

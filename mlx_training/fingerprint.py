@@ -2,6 +2,8 @@
 
 import hashlib
 
+import numpy as np
+
 from mlx_training.assemble import Data, RowData
 
 GENERATED = ("questions", "corpus")  # a function of the configuration
@@ -22,7 +24,9 @@ def fingerprint(data: Data) -> str | None:
                 for series in row.series:
                     digest.update(series.tobytes())
     else:
-        for name, windows in data.splits.items():
-            sizes.append(f"{windows.tokens.size} {name}")
-            digest.update(name.encode() + windows.tokens.tobytes())
+        for name, streams in data.streams.items():
+            sizes.append(f"{sum(stream.tokens.size for stream in streams)} {name}")
+            digest.update(name.encode())
+            for stream in streams:
+                digest.update(np.ascontiguousarray(stream.tokens).data)  # no copy: it may be larger than memory
     return f"{', '.join(sizes)}; sha256 {digest.hexdigest()[:16]}"

@@ -55,6 +55,7 @@ class Batches(Generic[RowT, ItemT]):
         self.window = window
         self._cache: dict[int, ItemT] | None = {} if cache else None
         self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that was asked for last
         self._lock = threading.Lock()
 
     @property
@@ -72,10 +73,20 @@ class Batches(Generic[RowT, ItemT]):
             chosen = self._window[1][place]
         return self.collate([item for _, item in chosen], [row for row, _ in chosen])
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, shuffled: a pure function of the seed and the epoch."""
+        return np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.dataset))
+
+    def item(self, row: int, epoch: int) -> ItemT:
+        """A row, encoded, as an epoch draws it."""
+        return self._encoded(row)
+
     def _build_window(self, epoch: int, window: int) -> list[list[tuple[int, ItemT]]]:
-        order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.dataset))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.order(epoch)
         size = self.window * self.batch_size
-        items = [(int(row), self._encoded(int(row))) for row in order[window * size : (window + 1) * size]]
+        chosen = self._order[1][window * size : (window + 1) * size]
+        items = [(row, self.item(row, epoch)) for row in chosen.tolist()]
         items.sort(key=lambda pair: len(pair[1]))
         batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
         shuffled = np.random.default_rng([self.seed, epoch, 1 + window]).permutation(len(batches))

@@ -1,69 +1,16 @@
-"""Text for decoders: documents become one stream of tokens, cut into windows."""
+"""Text for language models: streams of tokens cut into windows, and several sources mixed by weight."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.data.files import read_json_lines, read_text
-from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.data.batching import Batches
+from mlx_training.data.packing import PackedDocuments
 from mlx_training.errors import DataError
 
-
-def read_documents(path: Path | str, *, separator: str | None = None, text_column: str = "text") -> list[str]:
-    """Documents of a `.jsonl` file (field `text_column` of each line), a text file or a folder of `.txt` files.
-
-    A text file is one document, or several when `separator` is given (e.g. "<|endoftext|>" or a blank line).
-    """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        documents = []
-        for where, data in read_json_lines(path):
-            if not isinstance(data.get(text_column), str):
-                raise DataError(f"{where}: no text in field {text_column!r}; the fields are {', '.join(data)}")
-            documents.append(data[text_column])
-    else:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        texts = [read_text(file) for file in files]
-        documents = texts if separator is None else [part for text in texts for part in text.split(separator)]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise DataError(f"{path}: no text; expected a .jsonl or text file with text, or a folder of .txt files")
-    return documents
-
-
-def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """One int32 stream (N,): each document, after BOS when the tokenizer adds one, followed by EOS."""
-    stream: list[int] = []
-    for document in documents:
-        stream += tokenizer.encode(document, bos=tokenizer.add_bos)
-        stream.append(tokenizer.eos_id)
-    return np.array(stream, np.int32)
-
-
-def split_documents(documents: Sequence[str], fraction: Mapping[str, float]) -> dict[str, list[str]]:
-    """Contiguous parts of a text by characters: "train" first, then each split of `fraction`, no character twice.
-
-    Cut before anything is learnt from the text, a tokenizer included. A document on a border is cut in two.
-    """
-    total = sum(map(len, documents))
-    sizes = {name: round(share * total) for name, share in fraction.items()}
-    sizes = {"train": total - sum(sizes.values()), **sizes}
-    parts: dict[str, list[str]] = {name: [] for name in sizes}
-    rest = iter(documents)
-    document = ""
-    for name, size in sizes.items():
-        if size < 2:
-            raise DataError(
-                f"dataset.splits: {name} would hold {max(size, 0)} of {total} characters; a split needs at least 2: "
-                "use more text or other fractions"
-            )
-        while size > 0:
-            document = document or next(rest)
-            parts[name].append(document[:size])
-            size, document = size - len(document[:size]), document[size:]
-    return parts
+Transform = Callable[[Any, np.random.Generator], Any]
 
 
 class TextWindows(Sequence[np.ndarray]):
@@ -97,3 +44,68 @@ class TextWindows(Sequence[np.ndarray]):
             tokens[b, :length], targets[b, :length], mask[b, :length] = window[:-1], window[1:], 1
         lengths = np.array([window.size - 1 for window in windows], np.int32)
         return Batch(tokens, targets, mask, lengths, rows=tuple(rows))
+
+
+Rows = TextWindows | PackedDocuments
+
+
+class Mixture(Sequence[Any]):
+    """The rows of several sources, one source after another. `weights`: their shares of what training draws.
+
+    An epoch draws as many rows as there are. A source that gives fewer than it has goes on in the next epoch where it
+    stopped, so that its rows come equally often; one that gives more begins again.
+    """
+
+    def __init__(self, sources: Sequence[Rows], weights: Sequence[float] | None = None) -> None:
+        self.sources, self.weights = sources, weights
+        self.ends = np.cumsum([len(source) for source in sources])
+        self.collate = sources[0].collate
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int -> row; slices are not needed
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return self.sources[number][int(index - self.ends[number] + len(self.sources[number]))]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens, one source after another."""
+        return np.concatenate([source.tokens for source in self.sources])
+
+    def draws(self) -> list[int]:
+        """Rows that an epoch draws from each source."""
+        if self.weights is None:
+            return [len(source) for source in self.sources]
+        shares = np.cumsum(self.weights) / np.sum(self.weights)
+        return np.diff(np.round(shares * len(self)).astype(int), prepend=0).tolist()
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, shuffled: a pure function of the arguments."""
+        drawn = []
+        for number, (source, count) in enumerate(zip(self.sources, self.draws(), strict=True)):
+            places = epoch * count + np.arange(count)
+            passes = places // len(source)
+            for number_of_pass in range(passes[0], passes[-1] + 1) if count else ():
+                shuffled = np.random.default_rng([seed, number_of_pass, 3, number]).permutation(len(source))
+                drawn.append(shuffled[places[passes == number_of_pass] % len(source)] + self.ends[number] - len(source))
+        return np.random.default_rng([seed, epoch, 0]).permutation(np.concatenate(drawn))
+
+
+class TextBatches(Batches[Any, Any]):
+    """Training batches of text; `transform` changes a row each time it is drawn, by (seed, epoch, row)."""
+
+    def __init__(self, dataset: Rows | Mixture, batch_size: int, seed: int, transform: Transform | None = None) -> None:
+        super().__init__(dataset, lambda row: row, batch_size, seed, dataset.collate, cache=False)
+        self.transform = transform
+
+    def order(self, epoch: int) -> np.ndarray:
+        if isinstance(self.dataset, Mixture) and self.dataset.weights is not None:
+            return self.dataset.order(self.seed, epoch)
+        return super().order(epoch)
+
+    def item(self, row: int, epoch: int) -> Any:
+        found = self.dataset[row]
+        return self.transform(found, np.random.default_rng([self.seed, epoch, 4, row])) if self.transform else found

@@ -14,6 +14,7 @@ Unfitted: GPUs, where a
 small step is bound by launches and takes longer than this. Evaluation and checkpoints are not in it.
 """
 
+import glob
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +28,8 @@ from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.series import round_up
-from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.data.text_data import vocabulary_size
+from mlx_training.data.tokenizer import Tokenizer, expand
 from mlx_training.diagnostics import machine
 from mlx_training.diagnostics.flops import BatchShape, Flops, LMShape, batch_shape, count_flops, lm_shape
 from mlx_training.diagnostics.plan_memory import FrozenBytes, Memory, count_memory
@@ -136,14 +138,20 @@ def data_at_hand(config: RunConfig) -> bool:
     path = Path(data.path or "")
     files = data.splits.file if data.splits else None
     if files is None:
-        return path.exists()
+        places = [source.path for source in data.sources or ()] or [str(path)]
+        return all(glob.glob(place, recursive=True) for place in places)
     folder = path if path.is_dir() else path.parent
     return all((folder / file).exists() for file in (files.train, files.validation, files.test) if file)
 
 
 def _vocabulary(model: LanguageConfig) -> int:
-    tokenizer = model.tokenizer
-    return Tokenizer.load(tokenizer).vocab_size if isinstance(tokenizer, str) else tokenizer.train
+    wanted = model.tokenizer
+    if isinstance(wanted, str):
+        return vocabulary_size(model, Tokenizer.load(wanted))
+    if wanted.load is not None:
+        return vocabulary_size(model, Tokenizer.load(wanted.load, wanted.special_tokens, wanted.pattern))
+    assert wanted.train is not None, "the configuration checks this"
+    return model.vocab_size or wanted.train + len(expand(wanted.special_tokens))
 
 
 def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | None]:
@@ -167,7 +175,7 @@ def _from_limits(config: RunConfig, spec: Spec, lm: LMShape, llm_config: Mapping
     B = config.training.batch_size
     if not isinstance(spec, TimeSeriesSpec):
         L = config.model.decoder.context_length  # type: ignore[union-attr]
-        return BatchShape(B, L, L, origin="limits" if config.dataset.path else "data")
+        return BatchShape(B, L, L, origin="data" if config.dataset.format in GENERATED else "limits")
     encoder, labels = spec.encoder, round_up(config.evaluation.max_new_tokens, 4)
     num_series = max(encoder.max_series, 1)
     context = (llm_config or {}).get("max_position_embeddings") or math.inf

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_training.assemble import LoadedRun, load_run
 from mlx_training.data.batch import Batch
-from mlx_training.data.text import encode_documents
+from mlx_training.data.token_cache import encode_documents
 from mlx_training.generate import generator_of
 from mlx_training.json_lines import read_metrics
 from mlx_training.sampling import Sampling

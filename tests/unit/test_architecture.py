@@ -18,6 +18,7 @@ CONFIGURATION = {
         "yaml_loader",
         "configs",
         "config_section",
+        "config_dataset",
         "config_timeseries",
         "config_language",
         "config_model",

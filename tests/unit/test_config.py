@@ -13,7 +13,7 @@ from mlx_training.config_errors import OLDER_SPELLINGS
 from mlx_training.configs import find_config, shipped_configs, shipped_root
 from mlx_training.data.importers import FORMATS
 from mlx_training.data.splits import SplitSpec
-from mlx_training.data.text import read_documents
+from mlx_training.data.text_files import read_documents
 from mlx_training.errors import ConfigError
 from mlx_training.yaml_loader import parse_value, read_yaml
 
@@ -165,7 +165,7 @@ def test_single_mistakes(minimal, overrides, message):
         (["model.decoder.head_dim=7"], "a head is 7 wide; rotary positions need an even number"),
         (["evaluation.metrics=[loss, accuracy]"], "a decoder has no answers to score"),
         (["training.learning_rate={encoder: 1}"], "the groups that train are model"),
-        (["model.llm_id=x"], "model.llm_id: unknown key; allowed here: tokenizer, family, preset, decoder"),
+        (["model.llm_id=x"], "model.llm_id: unknown key; allowed here: tokenizer, vocab_size, family, preset, decoder"),
         (["model.tokenizer.train=3"], "model.tokenizer.train: given 3; allowed: a whole number >= 259"),
         (["model.tokenizer=3"], "given 3; allowed: text or a mapping of train"),
         (["dataset.stats_in_text=false"], "dataset.stats_in_text: model.family: decoder does not read it"),

@@ -1,20 +1,12 @@
 """Text windows for decoders."""
 
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from mlx_training.data.batching import Batches
-from mlx_training.data.text import TextWindows, encode_documents, read_documents, split_documents
-from mlx_training.data.tokenizer import Tokenizer
-from mlx_training.errors import DataError
-
-
-def test_documents_are_closed_by_eos(tiny_tokenizer: Tokenizer) -> None:
-    bos, eos = tiny_tokenizer.bos_id, tiny_tokenizer.eos_id
-    stream = encode_documents(["up", "down"], tiny_tokenizer)
-    assert stream.tolist() == [bos, *tiny_tokenizer.encode("up"), eos, bos, *tiny_tokenizer.encode("down"), eos]
+from mlx_training.data.text import Mixture, TextBatches, TextWindows
 
 
 @pytest.mark.parametrize("size", [2, 10, 11, 12, 31])
@@ -35,28 +27,37 @@ def test_windows_are_a_dataset_for_batches() -> None:
     assert sorted(seen.tolist()) == list(range(1, 100))
 
 
-def test_splits_are_contiguous_and_share_nothing() -> None:
-    documents = ["a" * 40, "b" * 45, "c" * 15]
-    parts = split_documents(documents, {"validation": 0.1, "test": 0.2})
-    assert {name: sum(map(len, part)) for name, part in parts.items()} == {"train": 70, "validation": 10, "test": 20}
-    assert "".join(text for part in parts.values() for text in part) == "".join(documents)
-    with pytest.raises(DataError, match="validation would hold 1 of 10 characters"):
-        split_documents(["0123456789"], {"validation": 0.1})
-    with pytest.raises(DataError, match="train would hold 0 of 10 characters"):
-        split_documents(["0123456789"], {"validation": 1.5})
+def numbered(count: int, start: int = 0) -> TextWindows:
+    return TextWindows(np.arange(start, start + 10 * count + 1), context_length=10)
 
 
-def test_reading_documents(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("two\n\nthree\n\n \n\n")
-    (tmp_path / "a.txt").write_text("one")
-    assert read_documents(tmp_path) == ["one", "two\n\nthree\n\n \n\n"]
-    assert read_documents(tmp_path / "b.txt", separator="\n\n") == ["two", "three"]
-    (tmp_path / "c.jsonl").write_text('{"story": "x"}\n{"story": "y"}\n')
-    assert read_documents(tmp_path / "c.jsonl", text_column="story") == ["x", "y"]
-    with pytest.raises(DataError, match="c.jsonl:1: no text in field 'text'; the fields are story"):
-        read_documents(tmp_path / "c.jsonl")
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(DataError, match="empty.txt: no text"):
-        read_documents(tmp_path / "empty.txt")
-    with pytest.raises(DataError, match="no data file"):
-        read_documents(tmp_path / "missing.txt")
+def drawn(batches: TextBatches, first: int, stop: int) -> list[int]:
+    """First tokens of the windows of some batches."""
+    return [int(row) for index in range(first, stop) for row in batches.batch(index).tokens[:, 0]]
+
+
+def test_mixture_draws_by_weight_and_every_window_as_often_as_any_other() -> None:
+    mixture = Mixture([numbered(30), numbered(10, start=1000)], [1.0, 3.0])
+    assert len(mixture) == 40 and mixture.draws() == [10, 30]
+    assert [int(mixture[i][0]) for i in (0, 29, 30, 39)] == [0, 290, 1000, 1090]
+    batches = TextBatches(mixture, 5, seed=3)
+    seen = Counter(drawn(batches, 0, 3 * batches.num_batches))
+    assert all(seen[10 * i] == 1 for i in range(30)), "three epochs of ten draws are one pass over thirty windows"
+    assert all(seen[1000 + 10 * i] == 9 for i in range(10))
+    assert sum(count for token, count in Counter(drawn(batches, 0, 8)).items() if token >= 1000) == 30
+
+
+def test_mixture_is_a_function_of_seed_and_index() -> None:
+    mixture = Mixture([numbered(7), numbered(5, start=1000)], [2.0, 1.0])
+    first, again = TextBatches(mixture, 3, seed=1), TextBatches(mixture, 3, seed=1)
+    forwards = [first.batch(i).tokens.tolist() for i in range(12)]
+    assert [again.batch(i).tokens.tolist() for i in reversed(range(12))] == forwards[::-1]
+    assert [TextBatches(mixture, 3, seed=2).batch(i).tokens.tolist() for i in range(12)] != forwards
+
+
+def test_without_weights_an_epoch_is_every_window_once() -> None:
+    mixture = Mixture([numbered(7), numbered(5, start=1000)])
+    batches = TextBatches(mixture, 4, seed=0)
+    assert sorted(drawn(batches, 0, 3)) == sorted(int(mixture[i][0]) for i in range(12))
+    plain = Batches(mixture, lambda row: row, 4, 0, mixture.collate)
+    assert plain.batch(1).tokens.tolist() == batches.batch(1).tokens.tolist()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_training.data.text import encode_documents
+from mlx_training.data.token_cache import encode_documents
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import DataError, UserError
 from mlx_training.metrics import TokenTally, mainrun_metrics, token_metrics
