@@ -21,6 +21,7 @@ from mlx_training.config_section import Section
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 COMMAND = ".venv/bin/python tools/document_config.py"
 START = "\n## Keys\n"
+LISTS = ("dataset.sources",)  # keys that hold a list of sections
 HEADER = "| key | allowed | default | what it does |\n|---|---|---|---|\n"
 SCHEMA = RunConfig.model_json_schema()
 
@@ -53,12 +54,12 @@ def _rows(key: str, field: FieldInfo, data: dict[str, Any]) -> Iterator[str]:
     nested = _sections(field)
     if not nested or field.description or not isinstance(field.default, Section):
         default = "required" if field.is_required() else f"`{_spell(field.default)}`"
-        words = allowed(tuple(key.split(".")), data, SCHEMA)
+        words = allowed(tuple(int(part) if part.isdigit() else part for part in key.split(".")), data, SCHEMA)
         description = (field.description or "").replace("<", "&lt;")  # <bos> is no HTML
         yield f"| `{key}` | {words} | {default} | {description} |\n"
     for section in nested:
         if any(inner.description for inner in section.model_fields.values()):
-            yield from _table(section, key, data)
+            yield from _table(section, f"{key}.0" if key in LISTS else key, data)
 
 
 def _sections(field: FieldInfo) -> list[type[Section]]:

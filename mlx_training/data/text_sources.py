@@ -151,7 +151,11 @@ class Division:
         for digest, length in source.outline:
             lengths.append(0 if digest in seen else length)
             seen.add(digest)
+        if num_repeats := lengths.count(0):
+            print(f"note: {source.name}: {num_repeats} repeated documents are left out", file=sys.stderr)
         total = sum(lengths)
+        if num_repeats and not total:
+            return
         sizes = {name: round(share * total) for name, share in self.splits.fraction.items()}
         sizes = {"train": total - sum(sizes.values()), **sizes}
         for name, size in sizes.items():
@@ -160,8 +164,6 @@ class Division:
                     f"dataset.splits: {name} would hold {max(size, 0)} of {total} characters of {source.name}; a split "
                     "needs at least 2: use more text or other fractions"
                 )
-        if num_repeats := lengths.count(0):
-            print(f"note: {source.name}: {num_repeats} repeated documents are left out", file=sys.stderr)
         names = iter(sizes)
         name = next(names)
         left = sizes[name]

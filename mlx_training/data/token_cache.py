@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_training.data.text_sources import Part
 from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.errors import DataError
 from mlx_training.run_directory import sync
 
 VERSION = 1
@@ -104,7 +105,7 @@ def cached_streams(
             return found
         print(f"warning: {place} is damaged; it is made again", file=sys.stderr)
         shutil.rmtree(place)
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as name:
         temporary = Path(name) / "tokens"
         temporary.mkdir()
@@ -130,6 +131,18 @@ def cached_streams(
     streams = _read(place, state)
     assert streams is not None, f"{place} was written just now"
     return streams
+
+
+def _claim(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".tmp-", dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{folder}: tokens cannot be kept there ({error.strerror or error}); set dataset.cache_dir to a folder "
+            "that can be written"
+        ) from error
 
 
 def _dtype(tokenizer: Tokenizer) -> str:

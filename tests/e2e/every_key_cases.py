@@ -34,8 +34,18 @@ BASES: dict[str, tuple[str, ...]] = {
     "learned": ("model.decoder.positions=learned",),
     "text": ("dataset={path: text.jsonl, format: text}", *NO_LIMITS),
     "text file": ("dataset={path: text.txt, format: text}", *NO_LIMITS),
+    "sources": (
+        *("dataset={format: text, sources: [{path: text.jsonl}, {path: other.txt, separator: '---'}]}", *NO_LIMITS),
+        "dataset.splits={unit: character}",
+    ),
+    "sentinels": ("model.tokenizer.special_tokens=[<fim_prefix>, <fim_middle>, <fim_suffix>]",),
+    "fim": (
+        "model.tokenizer.special_tokens=[<fim_prefix>, <fim_middle>, <fim_suffix>]",
+        "training.objective=fill_in_the_middle",
+    ),
 }
 DECODERS = ("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
+DECODERS = ("decoder", "rope", "learned", "text", "text file", "sources", "sentinels", "fim")
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -108,7 +118,31 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.decoder.init_std", "decoder", "model.decoder.init_std=0.1", "losses"),
     ("model.tokenizer", "decoder", "model.tokenizer=other-llm", "data"),
     ("model.tokenizer.train", "decoder", "model.tokenizer.train=320", "data"),
+    ("model.tokenizer.load", "decoder", "model.tokenizer={train: null, load: other-llm}", "data"),
+    ("model.tokenizer.special_tokens", "decoder", "model.tokenizer.special_tokens=[<a>]", "shapes"),
+    ("model.tokenizer.pattern", "decoder", "model.tokenizer={train: null, load: other-llm, pattern: gpt2}", "error"),
+    ("model.vocab_size", "decoder", "model.vocab_size=400", "shapes"),
+    ("model.vocab_size", "decoder", "model.vocab_size=299", "error"),
     ("dataset.path", "rows", "dataset.path=a.jsonl", "data"),
+    *(
+        ("dataset.sources", "sources", f"dataset.sources=[{first}, {{path: other.txt, separator: '---'}}]", "data")
+        for first in (
+            "{path: other.txt}",
+            "{path: text.jsonl, max_documents: 20}",
+            "{path: text.jsonl, max_tokens: 50}",
+            "{path: text.jsonl, text_column: other}",
+        )
+    ),
+    ("dataset.sources", "sources", "dataset.sources=[{path: text.jsonl}, {path: other.txt}]", "data"),
+    ("dataset.sources", "sources",
+     "dataset.sources=[{path: text.jsonl, weight: 9}, {path: other.txt, separator: '---', weight: 1}]", "data"),
+    ("dataset.packing", "decoder", "dataset.packing=documents", "data"),
+    ("dataset.cache_dir", "text", "dataset.cache_dir=text.txt", "error"),
+    ("dataset.splits.unit", "text", "dataset.splits.unit=document", "data"),
+    ("training.objective", "sentinels", "training.objective=fill_in_the_middle", "data"),
+    ("training.objective", "decoder", "training.objective=fill_in_the_middle", "error"),
+    ("training.fim_rate", "fim", "training.fim_rate=0.9", "data"),
+    ("training.fim_spm_rate", "fim", "training.fim_spm_rate=1.0", "data"),
     ("dataset.format", "rows", "dataset.format=parquet", "error"),
     ("dataset.splits.file.train", "files", "dataset.splits.file.train=c.jsonl", "data"),
     ("dataset.splits.file.validation", "files", "dataset.splits.file.validation=c.jsonl", "data"),

@@ -116,6 +116,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
     texts = [{"text": f"The {i} is less than {i + 1}.", "other": f"Then {i * i} follows."} for i in range(40)]
     write_objects(folder / "text.jsonl", texts)
     (folder / "text.txt").write_text("---".join(text["text"] for text in texts))
+    (folder / "other.txt").write_text("---".join(text["other"] for text in texts))
     return folder
 
 

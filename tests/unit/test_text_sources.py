@@ -75,6 +75,7 @@ def test_repeats_of_what_is_cut_in_two_are_left_out(capsys: pytest.CaptureFixtur
     parts = divided(many, source_of([novel, other]), source_of([other, "C" * 40]), splits=TextSplits({"test": 0.1}))
     whole = "".join(parts["train"] + parts["test"])
     assert (whole.count("A"), whole.count("B"), whole.count("C")) == (260, 240, 40)
+    assert divided(source_of(["A" * 9]), source_of(["A" * 9]), splits=TextSplits({"test": 0.5}))["test"] == ["A" * 4]
 
 
 def test_files_per_split(tmp_path: Path) -> None:
