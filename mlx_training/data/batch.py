@@ -24,12 +24,12 @@ class Batch:
     mask: Array  # float32 (B, K): 1 where supervised, 0 at padding labels
     lengths: Array  # int32 (B,): tokens and patches before the padding
     positions: Array = None  # int32 (B, K)
-    segments: Array = None  # int32 (B, L): the number of a place's document within its row; nobody sees another's
     series: Array = None  # float32 (S, T): normalised, zero-padded to a patch multiple
     scale: Array = None  # float32 (S, 2): asinh(mean), log(std) of the raw series
     num_patches: Array = None  # int32 (S,): real patches of each series, at least 1
     series_place: Array = None  # int32 (S,): 0 for the first series of its row, 1 for the second, ...
     patch_index: Array = None  # int32 (B, L): 0 = text, else 1 + s * P + p
+    segments: Array = None  # int32 (B, L): the number of a place's document within its row; nobody sees another's
     rows: tuple[int, ...] = ()  # index of each row in its dataset, for reports
 
     def arrays(self) -> dict[str, Array]:

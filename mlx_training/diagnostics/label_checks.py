@@ -65,6 +65,9 @@ def supervision(exam: Exam) -> list[Finding]:
             elif expected is not None and min(given) < min(expected[b]):
                 wrong.add("prompt_supervised", row)
             inside = on & (labels + 1 < batch.tokens.shape[1]) & (labels + 1 < length)
+            if batch.segments is not None:  # a document's last target is its EOS, which has no place
+                own = batch.segments[b]
+                inside &= np.append(own[1:] == own[:-1], False)[labels]
             if _is_text(batch, b, labels[inside] + 1).all():
                 wrong.shift(batch.tokens[b], labels[inside], batch.targets[b][inside], row)
     if wrong.rows:

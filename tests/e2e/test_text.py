@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import load_config
 from mlx_training.data.text import Mixture
 from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.diagnostics.exam import Exam
+from mlx_training.diagnostics.label_checks import supervision
 from mlx_training.diagnostics.plan import _vocabulary
+from mlx_training.diagnostics.subject import from_config
 from mlx_training.errors import ConfigError, DataError
 from mlx_training.export import export_huggingface
 from mlx_training.trainer import train
@@ -205,6 +209,18 @@ def test_packing_is_for_families_that_read_it(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr("mlx_training.config_language.DecoderConfig.reads_segments", False)
     with pytest.raises(ConfigError, match="dataset.packing: documents is read by the decoder family; "):
         config_of("dataset.packing=documents")
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+@pytest.mark.parametrize("objective", ["causal", "fill_in_the_middle"])
+def test_the_doctor_knows_packed_and_turned_rows(folder: Path, packing: str, objective: str) -> None:
+    tokens = f"model.tokenizer.special_tokens=[{FIM}]"
+    config = config_of(tokens, f"dataset.packing={packing}", f"training.objective={objective}")
+    exam = Exam(from_config(config))
+    assert [finding.status for finding in supervision(exam)] == ["pass"]
+    shifted = [replace(batch, targets=batch.tokens) for batch in exam.batches]
+    vars(exam)["batches"] = shifted
+    assert [finding.cause for finding in supervision(exam)] == ["labels_shifted"]
 
 
 def test_a_run_keeps_the_tokenizer_it_was_given(folder: Path, backend_name: str) -> None:

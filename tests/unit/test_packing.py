@@ -51,6 +51,14 @@ def test_every_token_once_and_no_target_of_another_document(lengths: list[int], 
     assert packed.efficiency == pytest.approx(supervised.mean())
 
 
+def test_segments_number_documents_and_then_pads() -> None:
+    packed = PackedDocuments(stream_of([5, 4, 3]), 12, seed=0)
+    batch = packed.collate([packed[0]])
+    assert batch.segments.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3]]
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 15, 16, 17, 19, 20, 0, 0, 0]]
+    assert batch.targets.tolist() == [[11, 12, 13, EOS, 16, 17, EOS, 20, EOS, 0, 0, 0]]
+
+
 def test_short_documents_leave_no_gaps() -> None:
     rng = np.random.default_rng(0)
     packed = PackedDocuments(stream_of(rng.integers(5, 60, 2000).tolist()), 128, seed=0)
