@@ -94,6 +94,10 @@ def _read_file(file: Path, separator: str | None, text_column: str) -> Iterator[
                     describe(row[text_column]) + " there" if text_column in row else f"the fields are {', '.join(row)}"
                 )
                 raise DataError(f"{where}: no text in field {text_column!r}; {found} (text_column names the field)")
+            try:
+                row[text_column].encode()
+            except UnicodeEncodeError as error:  # JSON can spell what no text may hold
+                raise DataError(f"{where}: field {text_column!r} is no text ({error.reason})") from error
             yield Document(row[text_column])
     elif separator is not None:
         yield from map(Document, _separated(_chunks(file), separator))

@@ -52,6 +52,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
 
     check("c.jsonl", b'{"story": "x"}\n', "c.jsonl:1: no text in field 'text'; the fields are story")
     check("n.jsonl", b'{"text": "x"}\n{"text": 3}\n', "n.jsonl:2: no text in field 'text'; int '3'")
+    check("half.jsonl", b'{"text": "\\ud83e"}\n', "half.jsonl:1: field 'text' is no text .surrogates not allowed")
     check("list.jsonl", b"[1]\n", "list.jsonl:1: expected an object")
     check("t.csv", b"text,n\nx,1\ny\n", "t.csv:3: the number of cells")
     check("empty.txt", b"", "empty.txt: no text: it is empty, or blank")
