@@ -180,7 +180,7 @@ def llm_sha256(spec: Spec) -> str | None:
 
 def open_backend(config: RunConfig, name: str | None = None) -> Backend:
     """The configured backend (or `name` in its place) with the configured device and precision."""
-    runtime = Runtime(device=config.device, precision=config.training.precision)
+    runtime = Runtime(config.device, config.training.precision, config.training.gradient_checkpointing)
     return backends.get(resolve_backend(name or config.backend), runtime)
 
 

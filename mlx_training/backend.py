@@ -16,6 +16,7 @@ import numpy as np
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
+from mlx_training.optim import Optim as Optim
 from mlx_training.spec import Spec
 
 Arrays = dict[str, np.ndarray]
@@ -37,17 +38,7 @@ class Runtime:
 
     device: str = "auto"  # auto | cpu | gpu | cuda | mps
     precision: Literal["float32", "bfloat16"] = "float32"  # of the LM's activations; sums and states stay float32
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW (Loshchilov & Hutter 2019) with bias correction, and global-norm clipping before it."""
-
-    name: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip_norm: float | None = None
+    gradient_checkpointing: bool = False  # activations of a layer are computed again for its backward pass, not kept
 
 
 class Model(Protocol):
@@ -79,11 +70,11 @@ class Step(Protocol):
         With `probe` also "probe": {parameter: {figure: float}}, which waits for the device. Figures (PROBE): L2 norms
         of the mean gradient before clipping ("grad_norm"), of the parameter before the update, of the update (decay
         included), and of both moments after it; "zeros", the share of gradient elements that are exactly zero;
-        "nonfinite", how many are NaN or infinite.
+        "nonfinite", how many are NaN or infinite. A moment that the optimiser does not have is 0.
         """
 
     def export(self) -> Arrays:
-        """Optimiser state: "<parameter>.m", "<parameter>.v" and "step"."""
+        """Optimiser state, float32: the arrays of `Optim.state_shapes`, zeros where no step has been taken yet."""
 
     def load(self, arrays: Arrays) -> None:
         """Take over a state that `export` of either backend returned."""

@@ -64,10 +64,10 @@ def verify_checkpoints(path: Path) -> dict[str, Any]:
     """
     single = _is_checkpoint(path)
     store = CheckpointStore(run_of(path)) if single else _store(path)
-    expected, sha256, note = _expected(store.directory.parent)
+    expected, state, sha256, note = _expected(store.directory.parent)
 
     def entry(checkpoint: Path) -> dict[str, Any]:
-        problems = _problems(checkpoint) or _misfits(checkpoint, expected, sha256)
+        problems = _problems(checkpoint) or _misfits(checkpoint, expected, state, sha256)
         about = {"name": checkpoint.name, "path": str(checkpoint), "step": _step(checkpoint)}
         return about | {"ok": not problems, "problems": problems}
 
@@ -198,29 +198,30 @@ def _digest(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _expected(run: Path) -> tuple[Shapes | None, str | None, str]:
-    """Shapes of a run's parameters, the fingerprint of its frozen LM, and "checked" or why there are none."""
+def _expected(run: Path) -> tuple[Shapes | None, Shapes, str | None, str]:
+    """Shapes of a run's parameters and optimiser state, its frozen LM's sum, and "checked" or why there are none."""
     if not (run / "config.yaml").is_file():
-        return None, None, f"not checked: {run} has no config.yaml"
+        return None, {}, None, f"not checked: {run} has no config.yaml"
     from mlx_training.assemble import llm_sha256
-    from mlx_training.export import run_spec
+    from mlx_training.export import read_run_config, run_spec
 
     try:
-        spec = run_spec(run)
+        spec, optim = run_spec(run), read_run_config(run).optim
     except UserError as error:  # the frozen LM or the tokenizer is somewhere else now
-        return None, None, f"not checked: {error}"
-    return {name: param.shape for name, param in spec.params().items()}, llm_sha256(spec), "checked"
+        return None, {}, None, f"not checked: {error}"
+    shapes = {name: param.shape for name, param in spec.params().items()}
+    return shapes, optim.state_shapes(spec), llm_sha256(spec), "checked"
 
 
-def _misfits(path: Path, expected: Shapes | None, sha256: str | None) -> list[Problem]:
-    """Arrays of a whole checkpoint that are not those of the run's spec, and another frozen LM."""
+def _misfits(path: Path, expected: Shapes | None, optimizer: Shapes, sha256: str | None) -> list[Problem]:
+    """Arrays of a whole checkpoint that are not those of the run's spec and optimiser, and another frozen LM."""
     if expected is None:
         return []
     state = parse_json((path / STATE).read_bytes())
     wanted: dict[str, Shapes] = {MODEL: expected}
     wrong: list[str] = []
     if "progress" in state or safetensors_header(path / OPTIMIZER)[0]:  # else weights alone, as of an imported file
-        wanted[OPTIMIZER] = {f"{name}.{k}": shape for name, shape in expected.items() for k in "mv"} | {"step": ()}
+        wanted[OPTIMIZER] = optimizer
         wrong = wrong_progress(state, state["step"])
     found: list[Problem] = [{"file": STATE, "problem": text, "expected": None, "found": None} for text in wrong]
     for file, shapes in wanted.items():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from mlx_training.config_language import DecoderShape
 from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, TimeSeriesConfig
 from mlx_training.config_presets import PRESETS
+from mlx_training.optim import SETTINGS as OPTIM
+from mlx_training.schedule import SETTINGS as SCHEDULE
 from mlx_training.spec import FixedPattern
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ UNREAD = {
         *("dataset.splits.group", "dataset.splits.by_group"),
     ),
 }
+RECOMPUTED = ("decoder",)  # families that training.gradient_checkpointing is for
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
 
 
@@ -91,6 +94,11 @@ def fill_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
         default(section("evaluation"), "metrics", ["loss"])
         if dataset.get("format", "auto") == "auto":
             dataset["format"] = "text"
+    training = section("training")
+    for name, table in (("optimizer", OPTIM), ("schedule", SCHEDULE)):
+        chosen = training.get(name, next(iter(table)))
+        for key, value in (table.get(chosen, {}) if isinstance(chosen, str) else {}).items():
+            default(training, key, value)
     if dataset.get("format") in [*GENERATED]:  # a list compares: what was given may not be hashable
         for split, num_samples in NUM_GENERATED.items():
             default(dataset, f"num_samples_{split}", num_samples)
@@ -274,6 +282,7 @@ def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
         if missing := [name for name in groups if name not in training.learning_rate]:
             message = f"no rate for {', '.join(missing)}; give every group that trains ({', '.join(groups)})"
             yield Conflict(("training.learning_rate", "model.family"), message)
+    yield from _optimizer_conflicts(config)
     if not any(config.learning_rates.values()):
         yield Conflict(("training.learning_rate",), "every rate is 0, so nothing would train; give one above 0")
     evaluation, best = config.evaluation, config.checkpoint.best
@@ -288,3 +297,35 @@ def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     if isinstance(config.model, LanguageConfig) and {*evaluation.metrics} - {"loss"}:
         message = f"a {config.model.family} has no answers to score; give [loss]"
         yield Conflict(("evaluation.metrics", "model.family"), message)
+
+
+def _optimizer_conflicts(config: "RunConfig") -> Iterator[Conflict]:
+    training = config.training
+    for name, table in (("optimizer", OPTIM), ("schedule", SCHEDULE)):
+        chosen = getattr(training, name)
+        for key in {key: None for settings in table.values() for key in settings if key not in table[chosen]}:
+            if getattr(training, key) != type(training).model_fields[key].default:
+                reads = ", ".join(table[chosen]) or "only the warm-up"
+                message = f"{name}: {chosen} does not read it; it reads {reads}. Remove this key (null removes it)"
+                yield Conflict((f"training.{key}", f"training.{name}"), message)
+    if training.nesterov and not training.momentum:
+        yield Conflict(
+            ("training.nesterov", "training.momentum"), "given true without momentum; give e.g. momentum: 0.9"
+        )
+    if training.warmup_steps is not None:
+        keys = ("training.warmup_steps", "training.warmup_fraction")
+        if training.warmup_fraction != type(training).model_fields["warmup_fraction"].default:
+            yield Conflict(keys, "both say how long the warm-up is; keep one of them")
+        if training.max_steps is not None and training.warmup_steps > training.max_steps:
+            message = f"given {training.warmup_steps}; the run has only {training.max_steps} steps (training.max_steps)"
+            yield Conflict(("training.warmup_steps", "training.max_steps"), message)
+    elif training.warmup_fraction + (training.decay_fraction or 0) > 1:
+        keys = ("training.decay_fraction", "training.warmup_fraction")
+        yield Conflict(keys, "warmup_fraction and decay_fraction make more than 1; lower one of them")
+    if list(training.milestones or ()) != sorted({*(training.milestones or ())}):
+        yield Conflict(("training.milestones",), f"given {list(training.milestones or ())}; they must rise")
+    if training.gradient_checkpointing and config.model.family not in RECOMPUTED:
+        message = (
+            f"the {config.model.family} family has no such layers; it is for {', '.join(RECOMPUTED)}. Set it to false"
+        )
+        yield Conflict(("training.gradient_checkpointing", "model.family"), message)

@@ -6,26 +6,19 @@ forbidden, and every key is read by the trainer, the data or the backend it name
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_training.config_checks import fill_defaults, find_conflicts
 from mlx_training.config_dataset import Dataset
 from mlx_training.config_model import ModelConfig
 from mlx_training.config_samples import Samples
-from mlx_training.config_section import (
-    Beta,
-    Count,
-    Fraction,
-    Names,
-    Positive,
-    Rate,
-    Section,
-    Seed,
-    Text,
-    as_tuple,
-    either,
-)
+from mlx_training.config_section import Count, Names, Section, Seed, Text, as_tuple
+from mlx_training.config_training import Training
+from mlx_training.optim import SETTINGS as OPTIM
+from mlx_training.optim import Optim
+from mlx_training.schedule import SETTINGS as SCHEDULE
+from mlx_training.schedule import Schedule
 
 Split = Literal["train", "validation", "test"]
 Factor = Annotated[float, Field(gt=1)]
@@ -42,50 +35,6 @@ class Experiment(Section):
     """Free text, kept with the run."""
 
 
-class Training(Section):
-    max_steps: Count | None = None
-    """Optimiser steps; exactly one of max_steps and num_epochs."""
-    num_epochs: Count | None = None
-    """Passes over the training rows."""
-    batch_size: Count = 8
-    """Rows per micro-batch."""
-    grad_accumulation_steps: Count = 1
-    """Micro-batches per optimiser step."""
-    objective: Literal["causal", "fill_in_the_middle"] = "causal"
-    """Predict the next token; fill_in_the_middle: with documents turned around, so that the model can fill gaps."""
-    fim_rate: Fraction = 0.5
-    """fill_in_the_middle: share of the documents that are turned around, drawn anew each epoch."""
-    fim_spm_rate: Fraction = 0.5
-    """fill_in_the_middle: share of those with the suffix first (SPM), not the prefix (PSM)."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW with bias correction; its state is float32."""
-    betas: Annotated[tuple[Beta, Beta], as_tuple] = (0.9, 0.999)
-    """Decay of AdamW's two moments."""
-    eps: Positive = 1e-8
-    """AdamW's epsilon."""
-    learning_rate: Annotated[
-        Annotated[Rate, Tag("<number>")] | Annotated[dict[str, Rate], Tag("<groups>")],
-        either("<groups>", "<number>"),
-    ] = 1e-3
-    """Peak rate: one number, or one per group (timeseries: encoder, projector, lm_head; others: model)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the rate after warm-up."""
-    warmup_fraction: Fraction = 0.03
-    """Share of all steps in which the rate rises to its peak."""
-    min_lr_fraction: Fraction = 0.0
-    """Where the schedule ends, as a share of the peak."""
-    weight_decay: Rate = 0.01
-    """AdamW's decoupled decay (matrices only, by the parameter table)."""
-    grad_clip_norm: Positive | None = 1.0
-    """Global gradient norm is clipped to this; null: not clipped."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Activations of the language model; trained weights, losses, norms and optimiser state are always float32."""
-    early_stopping_patience: Count | None = None
-    """Stop after this many evaluations in a row without a better checkpoint.best; null: never."""
-    early_stopping_min_delta: Rate = 0.0
-    """The least improvement that counts as better."""
-    init_from: str | None = None
-    """A run (or checkpoint) whose weights this run starts from: strict names and shapes, a fresh optimiser."""
 
 
 class Evaluation(Section):
@@ -161,6 +110,19 @@ class RunConfig(Section):
         """Peak learning rate of every group that trains."""
         rate = self.training.learning_rate
         return dict(rate) if isinstance(rate, dict) else dict.fromkeys(self.model.groups, rate)
+
+    @property
+    def optim(self) -> Optim:
+        """The optimiser and its settings."""
+        t = self.training
+        return Optim(t.optimizer, grad_clip_norm=t.grad_clip_norm, **{k: getattr(t, k) for k in OPTIM[t.optimizer]})
+
+    @property
+    def schedule(self) -> Schedule:
+        """Course of the learning rate."""
+        t = self.training
+        warmup = t.warmup_fraction if t.warmup_steps is None else t.warmup_steps
+        return Schedule(t.schedule, warmup, **{k: getattr(t, k) for k in SCHEDULE[t.schedule]})
 
     @model_validator(mode="before")
     @classmethod

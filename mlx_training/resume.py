@@ -270,6 +270,5 @@ def _check_state(checkpoint: Checkpoint) -> None:
 def _check_fits(assembly: Assembly, checkpoint: Checkpoint) -> None:
     """CheckpointError unless parameters and optimiser state fit, and the frozen LM is the very same."""
     check_fits(assembly.spec, checkpoint)
-    moments = {f"{name}.{k}": param.shape for name, param in assembly.spec.params().items() for k in "mv"}
     given = {name: array.shape for name, array in checkpoint.optimizer.items()}
-    check_shapes({**moments, "step": ()}, given, checkpoint.path / OPTIMIZER)
+    check_shapes(assembly.config.optim.state_shapes(assembly.spec), given, checkpoint.path / OPTIMIZER)

@@ -10,9 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_training import schedule
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
-from mlx_training.backend import Optim
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.checkpoint_writer import CheckpointWriter
 from mlx_training.config import RunConfig, to_yaml
@@ -66,7 +64,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
 
     model = backend.build(assembly.spec)
     objective = training_objective(assembly.spec)
-    step = backend.make_step(model, objective, optim(config), seed=config.experiment.seed)
+    step = backend.make_step(model, objective, config.optim, seed=config.experiment.seed)
     if checkpoint:
         backend.load(model, checkpoint.model)
         step.load(checkpoint.optimizer)
@@ -188,17 +186,9 @@ def plan(assembly: Assembly) -> tuple[Any, int]:
     return batches, math.ceil(training.num_epochs * batches.num_batches / training.grad_accumulation_steps)
 
 
-def optim(config: RunConfig) -> Optim:
-    """The optimiser's settings."""
-    t = config.training
-    return Optim(t.optimizer, t.betas, t.eps, t.weight_decay, t.grad_clip_norm)
-
-
 def learning_rates(config: RunConfig, step: int, total_steps: int) -> dict[str, float]:
     """One learning rate for every parameter group."""
-    t = config.training
-    num_warmup_steps = round(t.warmup_fraction * total_steps)
-    factor = schedule.factor(t.schedule, step, total_steps, num_warmup_steps, t.min_lr_fraction)
+    factor = config.schedule.factor(step, total_steps)
     return {group: peak * factor for group, peak in config.learning_rates.items()}
 
 

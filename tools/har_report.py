@@ -37,7 +37,7 @@ from mlx_training.progress import Progress
 from mlx_training.run_directory import write_atomic
 from mlx_training.spec import EncoderSpec, Param, Spec, TimeSeriesSpec
 from mlx_training.spec.param import linear
-from mlx_training.trainer import Cadence, judge, learning_rates, optim, plan, train
+from mlx_training.trainer import Cadence, judge, learning_rates, plan, train
 
 CONFIG, TEST = "timeseries/har", "test"
 VARIANTS = {
@@ -97,7 +97,7 @@ def train_control(config: RunConfig, run: Path) -> Result:
     backend: Any = open_backend(config, "torch")
     model = build_control(spec).to(backend.device)
     backend.load(model, initialise(spec, seed))
-    step = backend.make_step(model, control_objective(data.rows("train")), optim(config), seed=seed)
+    step = backend.make_step(model, control_objective(data.rows("train")), config.optim, seed=seed)
     batches, total_steps = plan(assembly)
     cadence, progress = Cadence(config, total_steps, batches.num_batches), Progress()
     accumulation = config.training.grad_accumulation_steps

@@ -47,6 +47,7 @@ class Backend:
         else:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
+        model.gradient_checkpointing = self.runtime.gradient_checkpointing
         return model.to(self.device)
 
     def load(self, model: LanguageModel, arrays: Arrays) -> None:

@@ -214,7 +214,7 @@ class Decoder(LanguageModel):
             x_BLH = x_BLH + self.model.embed_positions(positions_BL).to(x_BLH.dtype)
         x_BLH = self.model.dropout(x_BLH)
         for layer in self.model.layers:
-            x_BLH = layer(x_BLH, places)
+            x_BLH = self.run_layer(layer, x_BLH, places)
         return self.model.norm(x_BLH)
 
 

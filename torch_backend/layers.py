@@ -4,10 +4,12 @@ Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N hea
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlx_training.data.batch import Batch
 
@@ -140,6 +142,8 @@ def log_softmax_at(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
 class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
+    gradient_checkpointing = False
+
     def inputs(self, batch: Batch) -> Tensor:
         """Input embeddings (B, L, H)."""
         raise AssertionError("a family defines this")
@@ -174,6 +178,14 @@ class LanguageModel(nn.Module):
     def aux_loss(self) -> Tensor | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""
         return 0.0
+
+    def run_layer(self, layer: nn.Module, *args: Any) -> Tensor:
+        """A layer's output. With gradient checkpointing only its inputs are kept for the backward pass, which computes
+        everything else again, with the same dropout.
+        """
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every place, float32 (B, L, V)."""

@@ -6,18 +6,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, probe_records, step_seed
 from mlx_training.data.batch import Batch
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 from torch_backend.layers import LanguageModel
+from torch_backend.optimizers import State, updated
 
+FUSED = {"adamw": adamw, "adam": adam}
 HONOURS_FOUND_INF = ("cpu", "cuda")  # devices whose fused kernel reads it; Metal's takes the argument and ignores it
 
 
 class Step:
-    """Gradients over micro-batches, one division by their total weight, clipping, AdamW.
+    """Gradients over micro-batches, one division by their total weight, clipping, the optimiser's update.
 
     An update that is not finite is skipped by the device, so that nobody has to wait for its result.
     """
@@ -33,22 +37,15 @@ class Step:
         to_device: Callable[[Batch], Batch],
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
-        parameters = dict(model.named_parameters())
-        self.parameters = {name: parameters[name] for name in spec.params()}
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [self.parameters[name] for name in names],
-                    "group": group,
-                    "weight_decay": optim.weight_decay if decay else 0.0,
-                }
-                for (group, decay), names in optimizer_groups(spec).items()
-            ],
-            lr=0.0,
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=True,
-        )
+        parameters, self.table = dict(model.named_parameters()), spec.params()
+        self.parameters = {name: parameters[name] for name in self.table}
+        self.names = list(optim.state_shapes(spec))
+        self.state: dict[str, State] = {
+            name: {key: torch.zeros(shape, device=p.device) for key, shape in optim.state(self.table[name]).items()}
+            for name, p in self.parameters.items()
+        }
+        self.taken = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        self.groups = optimizer_groups(spec)
 
     @property
     def num_compilations(self) -> int:
@@ -60,9 +57,11 @@ class Step:
     ) -> dict[str, Any]:
         torch.manual_seed(step_seed(self.seed, step))
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters.values():
+            p.grad = None
         sums = [self._backward(self.to_device(batch)) for batch in batches]
         loss, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
+        # zero where a batch did not use the parameter: it decays all the same
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         torch._foreach_div_(gradients, weight)
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -70,11 +69,7 @@ class Step:
         before = [_before(p, g) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
         if self.optim.grad_clip_norm is not None:
             torch._foreach_mul_(gradients, (self.optim.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        for p, gradient in zip(self.parameters.values(), gradients, strict=True):
-            p.grad = gradient  # zero where a batch did not use the parameter: it decays all the same
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr[group["group"]]
-        self._update(skipped)
+        self._update(dict(zip(self.parameters, gradients, strict=True)), lr, skipped)
         metrics = {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
         return metrics | {"probe": self._probe(before)} if probe else metrics
 
@@ -84,27 +79,46 @@ class Step:
             sums["loss"].backward()
         return sums["loss"].detach(), sums["weight"]
 
-    def _update(self, skipped: Tensor) -> None:
-        if skipped.device.type in HONOURS_FOUND_INF and self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = skipped
-            self.optimizer.step()
-            return
-        before = {name: tensor.clone() for name, tensor in self._tensors().items()}
-        self.optimizer.step()
-        for name, tensor in self._tensors().items():  # a state that is new here was zero before
-            tensor.copy_(torch.where(skipped > 0, before.get(name, torch.zeros_like(tensor)), tensor))
+    @torch.no_grad()
+    def _update(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
+        is_fused = self.optim.name in FUSED and skipped.device.type in HONOURS_FOUND_INF
+        (self._update_fused if is_fused else self._update_each)(gradients, lr, skipped)
+        self.taken += 1 - skipped
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {name: p.detach() for name, p in self.parameters.items()}
+    def _update_fused(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
+        for (group, decay), names in self.groups.items():
+            steps = self.taken.repeat(len(names)).unbind()  # the kernel counts in them
+            FUSED[self.optim.name](
+                [self.parameters[name] for name in names],
+                [gradients[name] for name in names],
+                [self.state[name]["m"] for name in names],
+                [self.state[name]["v"] for name in names],
+                [],
+                list(steps),
+                fused=True,
+                found_inf=skipped,
+                amsgrad=False,
+                beta1=self.optim.betas[0],
+                beta2=self.optim.betas[1],
+                lr=lr[group],
+                weight_decay=self.optim.weight_decay if decay else 0.0,
+                eps=self.optim.eps,
+                maximize=False,
+            )
+
+    def _update_each(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
+        t, keep = self.taken + 1, skipped > 0
         for name, p in self.parameters.items():
-            tensors |= {f"{name}.{k}": v for k, v in self.optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
-        return tensors
+            param, state = self.table[name], self.state[name]
+            new, new_state = updated(self.optim, param, p, gradients[name], state, t, lr[param.group])
+            p.copy_(torch.where(keep, p, new))
+            for key, array in new_state.items():
+                state[key].copy_(torch.where(keep, state[key], array))
 
     def _probe(self, before: list[tuple[Tensor, list[Tensor]]]) -> dict[str, dict[str, float]]:
         rows = []
-        for p, (old, (grad_norm, zeros, nonfinite)) in zip(self.parameters.values(), before, strict=True):
-            state = self.optimizer.state[p]
-            moments = [state.get(key, torch.zeros_like(old)) for key in ("exp_avg", "exp_avg_sq")]
+        for (name, p), (old, (grad_norm, zeros, nonfinite)) in zip(self.parameters.items(), before, strict=True):
+            moments = [self.state[name].get(key, torch.zeros_like(old)) for key in "mv"]
             norms = [_norm(x) for x in (old, p.detach() - old, *moments)]
             rows.append(torch.stack([grad_norm, *norms, zeros.float(), nonfinite.float()]))
         table = dict(zip(self.parameters, torch.stack(rows).tolist(), strict=True))
@@ -112,25 +126,16 @@ class Step:
 
     def export(self) -> Arrays:
         """Optimiser state by canonical name; zeros where no step has been taken yet."""
-        arrays: Arrays = {"step": np.zeros((), np.float32)}
-        for name, p in self.parameters.items():
-            state = self.optimizer.state.get(p, {})
-            for key, torch_key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
-                value = state.get(torch_key, torch.zeros_like(p))
-                arrays[f"{name}.{key}"] = value.detach().float().cpu().numpy().copy()
-            if state:
-                arrays["step"] = np.asarray(state["step"].item(), np.float32)
-        return arrays
+        arrays = {f"{name}.{key}": x.cpu().numpy().copy() for name, s in self.state.items() for key, x in s.items()}
+        return {**arrays, "step": np.asarray(self.taken.item(), np.float32)}
 
     def load(self, arrays: Arrays) -> None:
         """Take over a state exported by either backend."""
-        expect_names(["step", *(f"{n}.{k}" for n in self.parameters for k in "mv")], arrays, "optimiser state")
-        for name, p in self.parameters.items():
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(arrays["step"]), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.tensor(arrays[f"{name}.m"], device=p.device),
-                "exp_avg_sq": torch.tensor(arrays[f"{name}.v"], device=p.device),
-            }
+        expect_names(self.names, arrays, "optimiser state")
+        self.taken.fill_(float(arrays["step"]))
+        for name, state in self.state.items():
+            for key, array in state.items():
+                array.copy_(torch.from_numpy(arrays[f"{name}.{key}"]))
 
 
 def _before(p: Tensor, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:

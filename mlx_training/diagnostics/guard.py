@@ -136,8 +136,9 @@ class Guard:
         config, table, now = self.assembly.config, self.assembly.spec.params(), self._some_rows()
         unmoved = []
         for name, before in start.items():
-            rate, steps = config.learning_rates[table[name].group], self.settings.unmoved_after_steps or 0
-            most_decay = rate * config.training.weight_decay * steps if table[name].decay else 0.0
+            param, steps = table[name], self.settings.unmoved_after_steps or 0
+            rate = config.learning_rates[param.group] * config.optim.rate_factor(param)
+            most_decay = rate * config.optim.decay(param) * steps
             if rate and before.size and _stands_still(before, now[name], most_decay):
                 unmoved.append(name)
         if unmoved:

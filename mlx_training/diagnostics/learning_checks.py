@@ -159,7 +159,7 @@ def _falls_slowly(exam: Exam, loss: float) -> bool:
 def _moved(exam: Exam, name: str, before: Arrays, after: Arrays, rates: float) -> bool:
     """Whether a parameter moved by more than its decay explains; parts without a true gradient need not."""
     subject = exam.subject
-    decay = subject.optim.weight_decay if subject.spec.params()[name].decay else 0.0
+    decay = subject.optim.decay(subject.spec.params()[name])
     part = subject.spec.zero_gradients().get(name)
     if part is not None and before[name][part].size == before[name].size:
         return True

@@ -5,13 +5,13 @@ weight files; the batch's shape from the data where it is at hand, else from the
 
 **Expected time.** A step takes (operations / matmul rate + bytes / copy rate) / efficiency. The two rates are measured
 on this machine by each installed framework in a process of its own (`diagnostics.machine`). The bytes are activations
-and logits, written once and read twice, the frozen weights read in both passes, and the update's seven passes over the
-trained parameters. EFFICIENCY holds the one fitted number a backend. It was calibrated on an x86 core (AVX-512, one
-thread, float32, torch 2.13, MLX 0.32.4 with NumPy's OpenBLAS): median CPU seconds of seven steps on the longest batch
-were 0.26 (`quick_test`) and 1.27 (`tiny_llama`) in torch, 0.48 and 2.44 in MLX; the estimates stand within 20 % of
-these and of a second run on a quieter machine, and of `timeseries/har` and `timeseries/japanesevowels`, not used here.
-Unfitted: GPUs, where a
-small step is bound by launches and takes longer than this. Evaluation and checkpoints are not in it.
+and logits, written once and read twice, the frozen weights read in both passes, and the update's passes over the
+trained parameters (AdamW: seven). EFFICIENCY holds the one fitted number a backend. It was calibrated on an x86 core
+(AVX-512, one thread, float32, torch 2.13, MLX 0.32.4 with NumPy's OpenBLAS): median CPU seconds of seven steps on the
+longest batch were 0.26 (`quick_test`) and 1.27 (`tiny_llama`) in torch, 0.48 and 2.44 in MLX; the estimates stand
+within 20 % of these and of a second run on a quieter machine, and of `timeseries/har` and `timeseries/japanesevowels`,
+not used here. Unfitted: GPUs, where a small step is bound by launches and takes longer than this, and Muon's
+matrix products. Evaluation and checkpoints are not in it.
 """
 
 import glob
@@ -32,7 +32,7 @@ from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer, expand
 from mlx_training.diagnostics import machine
 from mlx_training.diagnostics.flops import BatchShape, Flops, LMShape, batch_shape, count_flops, lm_shape
-from mlx_training.diagnostics.plan_memory import FrozenBytes, Memory, count_memory
+from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, count_memory
 from mlx_training.environment import installed_backends, resolve_backend
 from mlx_training.errors import BackendError
 from mlx_training.llm_source import is_weight, read_llm_config, safetensors_header, weight_files
@@ -88,7 +88,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "steps": "unknown" if steps is None else steps,
         "tokens_per_step": places * accumulation,
         "batch_shape": batch.to_json(),
-        "expected_seconds": {name: _seconds(config, name, flops, memory[name], steps) for name in installed_backends()},
+        "expected_seconds": {
+            name: _seconds(config, spec, name, flops, memory[name], steps) for name in installed_backends()
+        },
     }
 
 
@@ -239,7 +241,8 @@ def _memory(
         converted += stored if stored != dense and not resident else 0
         if resident and backend == "torch" and stored < dense:  # the float copy and its integers, for each product
             expanded = max(expanded, size * 6)
-    return count_memory(spec, lm, batch, backend, precision, FrozenBytes(held, converted, expanded))
+    weights, recompute = FrozenBytes(held, converted, expanded), config.training.gradient_checkpointing
+    return count_memory(spec, lm, batch, backend, precision, weights, config.optim, recompute=recompute)
 
 
 def _chosen_backend(config: RunConfig) -> str:
@@ -251,17 +254,17 @@ def _chosen_backend(config: RunConfig) -> str:
 
 
 def _seconds(
-    config: RunConfig, backend: str, flops: Flops, memory: Memory, steps: int | None
+    config: RunConfig, spec: Spec, backend: str, flops: Flops, memory: Memory, steps: int | None
 ) -> dict[str, float | None] | None:
     """Seconds of a step and of all of them, or None where the framework cannot be measured."""
     rates = machine.measure(backend, config.device, config.training.precision)
     if rates is None:
         return None
-    frozen = memory.weights - memory.optimizer // 2
-    traffic = 3 * (memory.activations + memory.logits) + 2 * frozen
+    trained = FLOAT32 * spec.num_parameters
+    traffic = 3 * (memory.activations + memory.logits) + 2 * (memory.weights - trained)
     seconds = flops.total / rates.flops_per_second + traffic / rates.bytes_per_second
     seconds *= config.training.grad_accumulation_steps
-    seconds += 7 * memory.optimizer / 2 / rates.bytes_per_second
+    seconds += (3 * trained + 2 * memory.optimizer) / rates.bytes_per_second
     seconds /= EFFICIENCY[backend]
     return {"per_step": seconds, "total": None if steps is None else seconds * steps}
 

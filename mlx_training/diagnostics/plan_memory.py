@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from mlx_training.diagnostics.flops import BatchShape, LMShape
+from mlx_training.optim import Optim
 from mlx_training.spec import EncoderSpec, Spec, TimeSeriesSpec
 
 FLOAT32 = 4
@@ -115,18 +116,27 @@ class FrozenBytes:
 
 
 def count_memory(
-    spec: Spec, lm: LMShape, batch: BatchShape, backend: str, precision: str, weights: FrozenBytes
+    spec: Spec,
+    lm: LMShape,
+    batch: BatchShape,
+    backend: str,
+    precision: str,
+    weights: FrozenBytes,
+    optim: Optim,
+    *,
+    recompute: bool = False,
 ) -> Memory:
-    """The memory of a step of one micro-batch (accumulation adds none)."""
+    """The memory of a step of one micro-batch (accumulation adds none). `recompute`: with gradient checkpointing a
+    layer keeps its input alone, but for the one that is being computed again.
+    """
     c, trained, frozen = COEFFICIENTS[backend], spec.num_parameters * FLOAT32, isinstance(spec, TimeSeriesSpec)
     width = 2 if precision == "bfloat16" else 4
     tokens, labels = batch.rows * batch.tokens, batch.rows * batch.labels
     logits = labels * lm.vocab * FLOAT32
     carries_gradient = not frozen or bool(batch.series)
     layers = lm.num_layers if carries_gradient else 1  # without a gradient each layer's tensors go at once
-    elements = layers * _bytes(c.layer[frozen], lm, batch.tokens, width) + _bytes(
-        c.once[frozen], lm, batch.tokens, width
-    )
+    per_layer, once = (_bytes(kept[frozen], lm, batch.tokens, width) for kept in (c.layer, c.once))
+    elements = once + (per_layer + layers * width * lm.hidden if recompute else layers * per_layer)
     transient = max(tokens * _bytes(c.transient, lm, batch.tokens, width) - c.logits_transient * logits, 0)
     activations = tokens * elements + transient
     if isinstance(spec, TimeSeriesSpec):
@@ -136,7 +146,7 @@ def count_memory(
     logits *= c.logits_kept + c.logits_transient
     step = Memory(
         weights=trained + weights.held,
-        optimizer=2 * trained,
+        optimizer=FLOAT32 * optim.state_size(spec),
         gradients=trained * (1 + c.copies),
         activations=round(activations + weights.expanded),
         logits=logits,

@@ -15,7 +15,7 @@ from mlx_training.objectives import Objective
 from mlx_training.objectives.lm import lm
 from mlx_training.opentslm import load_initial
 from mlx_training.spec import Param, Spec
-from mlx_training.trainer import learning_rates, optim, plan
+from mlx_training.trainer import learning_rates, plan
 
 MAX_ROWS = 8  # a micro-batch: the checks take a few dozen gradients
 
@@ -92,14 +92,14 @@ def from_assembly(assembly: Assembly, backend: str | None = None, *, max_rows: i
     if training.init_from:
         arrays = load_initial(training.init_from, {n: a.shape for n, a in arrays.items()}, Path(config.output_dir))
     chosen.load(model, arrays)
-    settings, seed = optim(config), config.experiment.seed
+    seed = config.experiment.seed
     return Subject(
         backend=chosen,
         spec=spec,
         model=model,
         objective=lm,
         batch=batches.batch,
-        optim=settings,
+        optim=config.optim,
         rates=lambda step: learning_rates(config, step, total_steps),
         total_steps=total_steps,
         seed=seed,

@@ -11,7 +11,17 @@ import mlx.nn as nn
 
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.experts import Experts
-from mlx_training.mlx_backend.layers import ACTIVATIONS, NORMS, KVCache, LanguageModel, Linear, RMSNorm, alibi, rotate
+from mlx_training.mlx_backend.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Dropout,
+    KVCache,
+    LanguageModel,
+    Linear,
+    RMSNorm,
+    alibi,
+    rotate,
+)
 from mlx_training.mlx_backend.mixers import attend, mix
 from mlx_training.spec import DecoderSpec
 from mlx_training.spec.mixers import visible
@@ -106,7 +116,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(spec, layer)
         self.post_attention_layernorm = norm(spec.hidden_size, spec.norm_eps)
         self.mlp = Experts(spec) if spec.experts else MLP(spec)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = Dropout(spec.dropout)
 
     def __call__(self, x_BLH: mx.array, places: Places) -> mx.array:
         if self.is_pre_norm:
@@ -127,7 +137,7 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         if spec.positions == "learned":
             self.embed_positions = nn.Embedding(spec.context_length, spec.hidden_size)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = Dropout(spec.dropout)
         self.layers = [DecoderLayer(spec, i) for i in range(spec.num_layers)]
         self.norm = NORMS[spec.norm](spec.hidden_size, spec.norm_eps) if spec.norm_position == "pre" else nn.Identity()
 
@@ -213,7 +223,7 @@ class Decoder(LanguageModel):
             x_BLH = x_BLH + self.model.embed_positions(positions_BL).astype(x_BLH.dtype)
         x_BLH = self.model.dropout(x_BLH)
         for layer in self.model.layers:
-            x_BLH = layer(x_BLH, places)
+            x_BLH = self.run_layer(layer, x_BLH, places)
         return self.model.norm(x_BLH)
 
 

@@ -3,7 +3,9 @@
 Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N heads, K key/value heads, D head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,6 +52,35 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         y = x @ self.weight.astype(x.dtype).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+
+KEYS: list[mx.array] = []  # of the layers that are running, the innermost last
+
+
+@contextmanager
+def drawing_from(key: mx.array) -> Iterator[None]:
+    """Dropout draws from this key, not from the global random state: what is computed again drops the same values."""
+    KEYS.append(key)
+    try:
+        yield
+    finally:
+        KEYS.pop()
+
+
+class Dropout(nn.Module):
+    """Zeroes values with a probability and scales up the rest, while training."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.keep = 1 - p
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.keep == 1 or not self.training:
+            return x
+        key = None
+        if KEYS:
+            KEYS[-1], key = mx.random.split(KEYS[-1])
+        return mx.random.bernoulli(self.keep, x.shape, key=key) * x / self.keep
 
 
 def rotate(x_BNLD: mx.array, angles_BLD: mx.array) -> mx.array:
@@ -131,6 +162,8 @@ def log_softmax_at(logits_BKV: mx.array, targets_BK: mx.array) -> mx.array:
 class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
+    gradient_checkpointing = False
+
     def inputs(self, batch: Batch) -> mx.array:
         """Input embeddings (B, L, H)."""
         raise AssertionError("a family defines this")
@@ -165,6 +198,23 @@ class LanguageModel(nn.Module):
     def aux_loss(self) -> mx.array | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""
         return 0.0
+
+    def run_layer(self, layer: nn.Module, *args: Any) -> mx.array:
+        """A layer's output. With gradient checkpointing only its inputs are kept for the backward pass, which computes
+        everything else again, with the same dropout.
+        """
+        if not self.training:
+            return layer(*args)
+        parameters, seed = layer.trainable_parameters(), mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+
+        def run(parameters: dict[str, Any], seed: mx.array, *args: Any) -> mx.array:
+            layer.update(parameters)
+            with drawing_from(mx.stop_gradient(seed)):
+                return layer(*args)
+
+        output = (mx.checkpoint(run) if self.gradient_checkpointing else run)(parameters, seed, *args)
+        layer.update(parameters)
+        return output
 
     def logits(self, batch: Batch) -> mx.array:
         """Logits of every place, float32 (B, L, V)."""

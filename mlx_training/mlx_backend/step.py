@@ -4,21 +4,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, probe_records, step_seed
+from mlx_training.backend import Arrays, Optim, expect_names, probe_records, step_seed
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.layers import LanguageModel
+from mlx_training.mlx_backend.optimizers import State, updated
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 
 Flat = dict[str, mx.array]
+States = tuple[dict[str, State], mx.array]  # of every parameter, and the number of steps taken
 
 
 class Step:
-    """Gradients over micro-batches, one division by their total weight, clipping, AdamW.
+    """Gradients over micro-batches, one division by their total weight, clipping, the optimiser's update.
 
     The compiled functions are pure: parameters and optimiser state go in and come out, so nothing can be lost by
     a capture that was forgotten. Only the random state is captured (dropout). One trace a batch shape.
@@ -36,12 +37,12 @@ class Step:
         to_device: Callable[[Batch], Batch],
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
-        self.groups = optimizer_groups(spec)
-        parameters = self._parameters()
-        self.optimizers = {(group, decay): self._optimizer(decay) for group, decay in self.groups}
-        for key, names in self.groups.items():
-            self.optimizers[key].init({name: parameters[name] for name in names})
-        self.state = {key: optimizer.state for key, optimizer in self.optimizers.items()}
+        self.table, self.names = spec.params(), list(optim.state_shapes(spec))
+        self.state: dict[str, State] = {
+            name: {key: mx.zeros(shape) for key, shape in optim.state(param).items()}
+            for name, param in self.table.items()
+        }
+        self.taken = mx.array(0.0)
         self._num_traces = 0
         counted = [self._counted(f) for f in (self._gradients, self._update, self._whole)]
         self._compiled_gradients, self._compiled_update, self._compiled_whole = (
@@ -60,7 +61,7 @@ class Step:
         self.model.train()
         rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
         arrays = [self.to_device(batch).arrays() for batch in batches]
-        parameters, states = self._parameters(), list(self.state.values())
+        parameters, states = self._parameters(), (self.state, self.taken)
         before = parameters
         if len(arrays) == 1 and not probe:
             parameters, states, metrics = self._compiled_whole(parameters, states, arrays[0], rates)
@@ -71,7 +72,7 @@ class Step:
                 sums = [a + b for a, b in zip(sums, more_sums, strict=True)]
                 gradients = {name: g + more_gradients[name] for name, g in gradients.items()}
             parameters, states, metrics = self._compiled_update(parameters, states, sums, gradients, rates)
-        self.state = dict(zip(self.state, states, strict=True))
+        self.state, self.taken = states
         self._attach(parameters)
         mx.async_eval(parameters, states, metrics)
         if not probe:
@@ -89,33 +90,27 @@ class Step:
         return [total, weight], gradients
 
     def _update(
-        self, parameters: Flat, states: list[dict], sums: list[mx.array], gradients: Flat, rates: Flat
-    ) -> tuple[Flat, list[dict], dict[str, mx.array]]:
-        loss, weight = sums
-        old_states = tree_map(lambda x: x, states)  # the optimiser writes into `states`
+        self, parameters: Flat, states: States, sums: list[mx.array], gradients: Flat, rates: Flat
+    ) -> tuple[Flat, States, dict[str, mx.array]]:
+        (loss, weight), (state, taken) = sums, states
         gradients = {name: g / weight for name, g in gradients.items()}
-        if self.optim.grad_clip_norm is not None:
-            gradients, norm = optim.clip_grad_norm(gradients, self.optim.grad_clip_norm)
-        else:
-            norm = mx.sqrt(sum(g.square().sum() for g in gradients.values()))
-        updated = dict(parameters)
-        for (key, names), state in zip(self.groups.items(), states, strict=True):
-            optimizer = self.optimizers[key]
-            optimizer.state = state
-            optimizer.learning_rate = rates[key[0]]
-            group = {name: parameters[name] for name in names}
-            updated |= optimizer.apply_gradients({name: gradients[name] for name in names}, group)
-        new_states = [optimizer.state for optimizer in self.optimizers.values()]
+        norm = mx.sqrt(sum(g.square().sum() for g in gradients.values()))
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
-        updated, new_states = tree_map(
-            lambda new, old: mx.where(is_finite, new, old), (updated, new_states), (parameters, old_states)
-        )
+        if self.optim.grad_clip_norm is not None:
+            factor = mx.minimum(self.optim.grad_clip_norm / (norm + 1e-6), 1.0)
+            gradients = {name: g * factor for name, g in gradients.items()}
+        moved, moments = dict(parameters), dict(state)
+        for name, param in self.table.items():
+            p, rate = parameters[name], rates[param.group]
+            moved[name], moments[name] = updated(self.optim, param, p, gradients[name], state[name], taken + 1, rate)
+        new, old = (moved, (moments, taken + 1)), (parameters, states)
+        parameters, states = tree_map(lambda new, old: mx.where(is_finite, new, old), new, old)
         skipped = 1 - is_finite.astype(mx.float32)
-        return updated, new_states, {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
+        return parameters, states, {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
 
     def _whole(
-        self, parameters: Flat, states: list[dict], arrays: dict[str, mx.array], rates: Flat
-    ) -> tuple[Flat, list[dict], dict[str, mx.array]]:
+        self, parameters: Flat, states: States, arrays: dict[str, mx.array], rates: Flat
+    ) -> tuple[Flat, States, dict[str, mx.array]]:
         sums, gradients = self._gradients(parameters, arrays)
         return self._update(parameters, states, sums, gradients, rates)
 
@@ -129,10 +124,9 @@ class Step:
         return counted
 
     def _probe(self, gradients: Flat, before: Flat, after: Flat) -> dict[str, dict[str, float]]:
-        states = {name: state[name] for state in self.state.values() for name in state if name in gradients}
         rows = []
         for name, g in gradients.items():
-            moments = [states.get(name, {}).get(key, mx.zeros_like(g)) for key in "mv"]
+            moments = [self.state[name].get(key, mx.zeros_like(g)) for key in "mv"]
             norms = [_norm(x) for x in (g, before[name], after[name] - before[name], *moments)]
             rows.append(mx.stack([*norms, (g == 0).sum(), mx.logical_not(mx.isfinite(g)).sum()]))
         table = dict(zip(gradients, mx.stack(rows).tolist(), strict=True))
@@ -144,29 +138,18 @@ class Step:
     def _attach(self, parameters: Flat) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))
 
-    def _optimizer(self, decay: bool) -> optim.AdamW:
-        o = self.optim
-        # bias_correction is off by default in MLX: the first step would be 3.16 times too long
-        return optim.AdamW(0.0, list(o.betas), o.eps, o.weight_decay if decay else 0.0, bias_correction=True)
-
     def export(self) -> Arrays:
         """Optimiser state by canonical name; zeros where no step has been taken yet."""
-        arrays: Arrays = {}
-        for (key, names), state in zip(self.groups.items(), self.state.values(), strict=True):
-            for name in names:
-                arrays |= {f"{name}.{k}": np.array(state[name][k]) for k in "mv"}
-            arrays["step"] = np.asarray(self.state[key]["step"].item(), np.float32)
-        return arrays
+        arrays = {f"{name}.{key}": np.array(x) for name, state in self.state.items() for key, x in state.items()}
+        return {**arrays, "step": np.asarray(self.taken.item(), np.float32)}
 
     def load(self, arrays: Arrays) -> None:
         """Take over a state exported by either backend."""
-        names = [name for group in self.groups.values() for name in group]
-        expect_names(["step", *(f"{name}.{k}" for name in names for k in "mv")], arrays, "optimiser state")
-        for key, names in self.groups.items():
-            state = self.state[key]
-            state["step"] = mx.array(int(arrays["step"]), mx.uint64)
-            for name in names:
-                state[name] = {k: mx.array(arrays[f"{name}.{k}"]) for k in "mv"}
+        expect_names(self.names, arrays, "optimiser state")
+        self.taken = mx.array(float(arrays["step"]))
+        self.state = {
+            name: {key: mx.array(arrays[f"{name}.{key}"]) for key in state} for name, state in self.state.items()
+        }
 
 
 def _norm(x: mx.array) -> mx.array:

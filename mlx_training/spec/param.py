@@ -18,6 +18,8 @@ Init = Literal["normal", "uniform", "zeros", "ones", "pretrained"]
 class Param(NamedTuple):
     """One row of the parameter table.
 
+    `hidden` marks a weight between hidden layers, a matrix or a stack of them (experts, out, in): what Muon
+    orthogonalises. Embeddings, positions, heads and layers that read raw input are not.
     `scale` is the standard deviation of "normal" and the half-width of "uniform". "pretrained" is filled by the
     backend from the frozen model. Layouts are PyTorch's (Linear: out x in, Conv1d: out x in x kernel).
     """
@@ -27,6 +29,7 @@ class Param(NamedTuple):
     scale: float = 0.0
     decay: bool = True
     group: str = "model"
+    hidden: bool = False
 
     @property
     def size(self) -> int:
@@ -67,8 +70,8 @@ class Spec(ABC):
 
 
 def matrix(init: str, std: float, out_size: int, in_size: int) -> Param:
-    """Weight of a Linear: "normal" N(0, std), "uniform" within std, "xavier" (Glorot & Bengio 2010, uniform within
-    sqrt(6 / (in + out))) or "kaiming" (He et al. 2015, N(0, 2 / in)).
+    """Weight of a hidden Linear: "normal" N(0, std), "uniform" within std, "xavier" (Glorot & Bengio 2010, uniform
+    within sqrt(6 / (in + out))) or "kaiming" (He et al. 2015, N(0, 2 / in)).
     """
     rules: dict[str, tuple[Init, float]] = {
         "normal": ("normal", std),
@@ -76,13 +79,13 @@ def matrix(init: str, std: float, out_size: int, in_size: int) -> Param:
         "xavier": ("uniform", (6 / (in_size + out_size)) ** 0.5),
         "kaiming": ("normal", (2 / in_size) ** 0.5),
     }
-    return Param((out_size, in_size), *rules[init])
+    return Param((out_size, in_size), *rules[init], hidden=True)
 
 
-def linear(name: str, out_size: int, in_size: int, *, group: str) -> Iterator[tuple[str, Param]]:
+def linear(name: str, out_size: int, in_size: int, *, group: str, hidden: bool = True) -> Iterator[tuple[str, Param]]:
     """Weight and bias of a Linear as PyTorch initialises it: uniform within 1/sqrt(in), decayed weight only."""
     bound = in_size**-0.5
-    yield f"{name}.weight", Param((out_size, in_size), "uniform", bound, True, group)
+    yield f"{name}.weight", Param((out_size, in_size), "uniform", bound, True, group, hidden)
     yield f"{name}.bias", Param((out_size,), "uniform", bound, False, group)
 
 

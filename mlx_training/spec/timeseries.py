@@ -39,15 +39,15 @@ class EncoderSpec:
             shape = (self.max_series, d)
             table["encoder.series_embed"] = Param(shape, "normal", self.pos_init_std, False, group)
         if self.numeric_scale:
-            table |= linear("encoder.scale_in", d, 2, group=group)
+            table |= linear("encoder.scale_in", d, 2, group=group, hidden=False)
             table |= linear("encoder.scale_out", d, d, group=group)
         table |= layer_norm("encoder.input_norm", d, group=group)
         xavier = (6 / (d + 3 * d)) ** 0.5  # nn.MultiheadAttention: xavier_uniform_ over the fused (3d, d)
         for i in range(self.num_layers):
             layer = f"encoder.layers.{i}"
-            table[f"{layer}.self_attn.in_proj_weight"] = Param((3 * d, d), "uniform", xavier, True, group)
+            table[f"{layer}.self_attn.in_proj_weight"] = Param((3 * d, d), "uniform", xavier, True, group, True)
             table[f"{layer}.self_attn.in_proj_bias"] = Param((3 * d,), "zeros", 0.0, False, group)
-            table[f"{layer}.self_attn.out_proj.weight"] = Param((d, d), "uniform", d**-0.5, True, group)
+            table[f"{layer}.self_attn.out_proj.weight"] = Param((d, d), "uniform", d**-0.5, True, group, True)
             table[f"{layer}.self_attn.out_proj.bias"] = Param((d,), "zeros", 0.0, False, group)
             table |= linear(f"{layer}.linear1", self.ffn_size, d, group=group)
             table |= linear(f"{layer}.linear2", d, self.ffn_size, group=group)

@@ -11,7 +11,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.prompt import Encoded
 from mlx_training.init import initialise
-from mlx_training.schedule import factor
+from mlx_training.schedule import Schedule
 from mlx_training.spec import (
     DecoderSpec,
     EncoderSpec,
@@ -140,7 +140,7 @@ def realise(name: str, spec: Spec, seed: int = 0) -> tuple[Backend, Any]:
 
 def rates(spec: Spec, step: int, total_steps: int, peak: float = 1e-3) -> dict[str, float]:
     """Warm-up over 10 % of the steps, then cosine; every group at its own peak."""
-    value = peak * factor("cosine", step, total_steps, total_steps // 10)
+    value = peak * Schedule(warmup=total_steps // 10).factor(step, total_steps)
     return {group: value / (1 + i) for i, group in enumerate(spec.groups)}
 
 

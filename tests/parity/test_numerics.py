@@ -17,7 +17,6 @@ from mlx_training.data.batch import Batch
 from mlx_training.init import initialise
 from mlx_training.objectives import Sums
 from mlx_training.objectives.lm import lm
-from mlx_training.schedule import factor
 from mlx_training.spec import Spec, TimeSeriesSpec
 from tests.parity.cases import CASES, batches, realise, specs
 
@@ -173,14 +172,3 @@ def test_dropout(backend_name: str, directory: Path) -> None:
     for ask in asked:
         train(0, [1])  # leaves the model in training mode
         np.testing.assert_allclose(ask(backend, model), ask(*realise(backend_name, plain)), rtol=1e-5, atol=1e-6)
-
-
-def test_schedules() -> None:
-    """Warm-up reaches the peak at its last step; decay ends above zero at the last step and is symmetric."""
-    for kind in ("cosine", "linear"):
-        values = [factor(kind, step, 19, 4) for step in range(1, 20)]
-        assert values[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, factor(kind, 5, 19, 4)])
-        assert values == sorted(values[:4]) + sorted(values[4:], reverse=True) and values[4] < 1
-        assert values[3 + 8] == pytest.approx(0.5) and 0 < values[-1] == pytest.approx(1 - values[4])
-        assert factor(kind, 20, 19, 4, min_fraction=0.1) == pytest.approx(0.1)
-    assert [factor("constant", step, 9, 2) for step in (1, 2, 9)] == [0.5, 1, 1]

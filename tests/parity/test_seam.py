@@ -219,7 +219,7 @@ def assert_same(a: Arrays, b: Arrays) -> None:
 
 
 def test_skipping_where_the_kernel_does_not_know_how(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch on Metal: the same by copies."""
+    """PyTorch on Metal: the same by selection, to rounding."""
     from torch_backend import step as torch_step
 
     spec = specs(directory)["timeseries-published"]
@@ -232,7 +232,8 @@ def test_skipping_where_the_kernel_does_not_know_how(directory: Path, monkeypatc
         for i, batch in enumerate((with_nan_series(good[0]), good[1], with_nan_series(good[0]), good[2])):
             assert float(step([batch], step=i + 1, lr=rates(spec, 5, 40))["skipped"]) == 1 - i % 2
         ends.append(everything(backend, model, step))
-    assert_same(*ends)
+    for name, array in ends[0].items():
+        np.testing.assert_allclose(array, ends[1][name], rtol=0, atol=1e-6, err_msg=name)
     assert ends[0]["step"] == 2
 
 

@@ -23,6 +23,7 @@ CONFIGURATION = {
         "config_language",
         "config_model",
         "config_samples",
+        "config_training",
         "config_schema",
     ),
     *("config_presets", "config_checks", "config_errors", "config"),
@@ -30,6 +31,7 @@ CONFIGURATION = {
 ROOMS = (
     {"errors"},
     {"spec", "blas", "environment", "llm_config", "torch_archive", "json_text"} | CONFIGURATION,
+    {"spec", "blas", "environment", "llm_config", "torch_archive", "optim", "schedule"} | CONFIGURATION,
     {
         "init",
         "json_lines",
@@ -38,7 +40,6 @@ ROOMS = (
         "ops",
         "data",
         "objectives",
-        "schedule",
         "metrics",
         "sampling",
         "protocols",
@@ -70,7 +71,7 @@ ROOMS = (
 )
 # The left half and the protocols; `llm_*` read a pretrained directory, `checkpoint` checks names and shapes.
 LEFT_HALF = {"errors", "spec", "init", "ops", "data", "objectives"}
-OPEN_TO_BACKENDS = LEFT_HALF | {"backend", "blas", "llm_config", "llm_source", "checkpoint"}
+OPEN_TO_BACKENDS = LEFT_HALF | {"backend", "optim", "blas", "llm_config", "llm_source", "checkpoint"}
 FRAMEWORK_HOOKS = {"train"}  # methods one framework calls itself: torch's switch between training and evaluation
 MAY_IMPORT_A_FRAMEWORK = {"environment"}  # inside a function, to ask an installed framework for its device
 

@@ -47,7 +47,7 @@ from mlx_training.assemble import assemble, open_backend
 from mlx_training.config import load_config
 from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
-from mlx_training.trainer import learning_rates, optim, plan
+from mlx_training.trainer import learning_rates, plan
 
 def resident(key):
     status = Path("/proc/self/status")
@@ -71,7 +71,7 @@ candidates = [batches.batch(i) for i in range(min(batches.num_batches, 64))]
 batch = max(candidates, key=lambda batch: (batch.tokens.size, batch.targets.size))
 model = backend.build(assembly.spec)
 backend.load(model, backend.export(model) | initialise(assembly.spec, 0))
-step = backend.make_step(model, lm, optim(config), seed=0)
+step = backend.make_step(model, lm, config.optim, seed=0)
 for number in (1, 2, 3):
     micro_batches = [batch] * config.training.grad_accumulation_steps
     float(step(micro_batches, step=number, lr=learning_rates(config, number, total))["loss"])

@@ -1,0 +1,114 @@
+"""One parameter's update under every optimiser, in pure functions; `mlx_training.optim` has the definitions."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mlx_training.optim import (
+    ADAFACTOR_CLIP,
+    ADAFACTOR_DECAY,
+    COUPLED,
+    MUON_COEFFICIENTS,
+    MUON_EPS,
+    MUON_SCALE,
+    MUON_STEPS,
+    Optim,
+)
+from mlx_training.spec import Param
+
+State = dict[str, Tensor]
+Rule = Callable[[Optim, Tensor, State, Tensor], tuple[Tensor, State]]
+
+
+def updated(o: Optim, param: Param, p: Tensor, g: Tensor, state: State, t: Tensor, rate: float) -> tuple[Tensor, State]:
+    """A parameter and its state after step `t` (from 1) with a gradient that is clipped already."""
+    rule, decay, rate = o.rule(param), o.decay(param), rate * o.rate_factor(param)
+    if decay and rule in COUPLED:
+        g = g + decay * p
+    elif decay:
+        p = p * (1 - rate * decay)
+    move, state = RULES[rule](o, g, state, t)
+    return p - rate * move, state
+
+
+def adam(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    """For a rate of 1, like all that follow."""
+    b1, b2 = o.betas
+    m, v = b1 * state["m"] + (1 - b1) * g, b2 * state["v"] + (1 - b2) * g.square()
+    return m / _filled(b1, t) / (torch.sqrt(v / _filled(b2, t)) + o.eps), {"m": m, "v": v}
+
+
+def sgd(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    if not o.momentum:
+        return g, {}
+    m = o.momentum * state["m"] + g
+    return g + o.momentum * m if o.nesterov else m, {"m": m}
+
+
+def adagrad(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    v = state["v"] + g.square()
+    return g / (torch.sqrt(v) + o.eps), {"v": v}
+
+
+def rmsprop(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    v = o.alpha * state["v"] + (1 - o.alpha) * g.square()
+    move = g / (torch.sqrt(v) + o.eps)
+    if not o.momentum:
+        return move, {"v": v}
+    m = o.momentum * state["m"] + move
+    return m, {"m": m, "v": v}
+
+
+def lion(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    b1, b2 = o.betas
+    return torch.sign(b1 * state["m"] + (1 - b1) * g), {"m": b2 * state["m"] + (1 - b2) * g}
+
+
+def adafactor(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    beta, square = 1 - t**ADAFACTOR_DECAY, g.square() + o.eps
+    if "v" in state:
+        state = {"v": beta * state["v"] + (1 - beta) * square}
+        move = g * torch.rsqrt(state["v"])
+    else:
+        row, col = (beta * state[k] + (1 - beta) * square.mean(axis) for k, axis in (("row", -1), ("col", -2)))
+        state = {"row": row, "col": col}
+        share = row / row.mean(-1, keepdim=True)
+        move = g * torch.rsqrt(share)[..., None] * torch.rsqrt(col)[..., None, :]
+    return move / (torch.sqrt(move.square().mean()) / ADAFACTOR_CLIP).clamp(min=1.0), state
+
+
+def muon(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+    m = o.momentum * state["m"] + (1 - o.momentum) * g
+    move = o.momentum * m + (1 - o.momentum) * g if o.nesterov else m
+    return MUON_SCALE * max(g.shape[-2:]) ** 0.5 * orthogonal(move), {"m": m}
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Each matrix (the last two axes) with its singular values brought near 1, by Newton-Schulz steps."""
+    a, b, c = MUON_COEFFICIENTS
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / (torch.sqrt(x.square().sum((-2, -1), keepdim=True)) + MUON_EPS)
+    for _ in range(MUON_STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if is_tall else x
+
+
+RULES: dict[str, Rule] = {
+    "adamw": adam,
+    "adam": adam,
+    "sgd": sgd,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "lion": lion,
+    "adafactor": adafactor,
+    "muon": muon,
+}
+
+
+def _filled(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t: how full a mean that began at zero is; by way of expm1, as float32 has no digits left near 1."""
+    return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
