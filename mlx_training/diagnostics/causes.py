@@ -154,7 +154,7 @@ CAUSES: dict[str, Cause] = {
         "the update does not use the learning rate it was given", "set the rate of every group before every step"
     ),
     "no_bias_correction": Cause(
-        "AdamW runs without bias correction: the first steps are about 3 times too long",
+        "Adam runs without bias correction: the first steps are about 3 times too long",
         "MLX: optim.AdamW(..., bias_correction=True)",
     ),
     "learning_rate_too_large": Cause(
@@ -168,6 +168,18 @@ CAUSES: dict[str, Cause] = {
         "the optimiser's state does not survive from step to step", "build the optimiser once, before the loop"
     ),
     "decay_coupled": Cause("weight decay is added to the gradient (L2), not decoupled", "use AdamW, not Adam"),
+    "decay_decoupled": Cause(
+        "weight decay is decoupled, not added to the gradient (L2)", "add it to the gradient, or configure adamw"
+    ),
+    "eps_misplaced": Cause("eps stands under the square root, not beside it", "divide by sqrt(v) + eps"),
+    "momentum_stale": Cause(
+        "the momentum is not updated: it is still that of an earlier step",
+        "write the new momentum back; give a compiled step its state as input and as output",
+    ),
+    "muon_misplaced": Cause(
+        "Muon moves parameters that are not hidden matrices, or leaves out some that are",
+        "embeddings, positions, heads, norms and biases are AdamW's: go by the parameter table (Param.hidden)",
+    ),
     "decay_ignored": Cause("weight decay is not applied where the table says so", "pass weight_decay to its group"),
     "decay_everywhere": Cause(
         "weight decay pulls at parameters that the table exempts", "give biases and norms their own group, decay 0"
@@ -179,7 +191,9 @@ CAUSES: dict[str, Cause] = {
         "the model's parameters do not move",
         "build the optimiser after the model is complete, and write the updated parameters back into it",
     ),
-    "update_wrong": Cause("the update is not AdamW's", "compare the step with AdamW, term by term"),
+    "update_wrong": Cause(
+        "the update is not the configured optimiser's", "compare the step with diagnostics/optimizers.py, term by term"
+    ),
     "accumulation_wrong": Cause(
         "several micro-batches do not equal one batch", "add sums and counts, divide once: no mean of means"
     ),

@@ -18,6 +18,7 @@ STEPS = {False: 20, True: 60}  # on one batch, quick and full
 BUDGET = 5.0, 40.0  # seconds the steps may take, quick and full: a large model takes fewer
 LEARNT = {False: 0.998, True: 0.99}  # share of the loss that may remain: a random frozen LM lets little through
 LOWEST_RATE = 1e-3  # of those steps; a configured rate below it would show nothing in so few
+LOWEST_RATES = {"sgd": 0.1, "adagrad": 1e-2}  # of optimisers whose steps are shorter than the rate
 MOST = 0.3  # of its own size that a parameter should move in a step
 AGREE = 1e-3  # relative difference of two backends' activations
 
@@ -26,9 +27,9 @@ def one_batch(exam: Exam) -> list[Finding]:
     """Training on one batch lowers its loss, moves every parameter, and leaves the frozen weights alone."""
     subject, batch, name = exam.subject, exam.batches[0], "one batch"
     backend, model, table = subject.backend, subject.model, subject.spec.params()
+    lowest = LOWEST_RATES.get(subject.optim.name, LOWEST_RATE)
     peak = {
-        g: max(subject.rates(max(1, round(0.3 * subject.total_steps))).get(g, 0.0), LOWEST_RATE)
-        for g in subject.spec.groups
+        g: max(subject.rates(max(1, round(0.3 * subject.total_steps))).get(g, 0.0), lowest) for g in subject.spec.groups
     }
     before, frozen, loss = exam.parameters, backend.frozen_hash(model), exam.loss(batch)
     with subject.restored():

@@ -1,4 +1,5 @@
 """The check of the step: three real optimiser steps beside a NumPy AdamW, and what explains a difference.
+Other optimisers: `rule_checks`.
 
 The step's first moment tells which gradient it used: after step 1, m = (1 - beta1) g. What it did is compared with
 what it should have done; where they differ, each known mistake is tried, and the one that fits is named.
@@ -14,6 +15,7 @@ import numpy as np
 from mlx_training.backend import Arrays
 from mlx_training.diagnostics.exam import Exam, without_dropout
 from mlx_training.diagnostics.report import Finding, failed, passed
+from mlx_training.diagnostics.rule_checks import follow
 from mlx_training.diagnostics.subject import Subject
 from mlx_training.diagnostics.trial import (
     Observed,
@@ -47,16 +49,20 @@ def step_rule(exam: Exam) -> list[Finding]:
             first, *later = (trial.take([exam.batches[index]]) for index in (0, 1, 0))
         except Unreadable as error:
             return [failed("step", f"after a step: {error}", "parameters_unreadable")]
+    if subject.optim.name != "adamw":
+        found = follow(subject, [first, *later])
+        return [found] if found else [_right(subject, first)]
     found = _norm(subject, first) or _gradient(subject, first) or _squares(subject, first)
     found = found or _update(subject, first, 1)
     for number, (before, seen) in enumerate(itertools.pairwise([first, *later]), start=2):
         found = found or _next(subject, before, seen, number)
-    if found:
-        return [found]
-    norm = norm_of(first.gradient)
-    limit = subject.optim.grad_clip_norm
+    return [found or _right(subject, first)]
+
+
+def _right(subject: Subject, first: Observed) -> Finding:
+    norm, limit = norm_of(first.gradient), subject.optim.grad_clip_norm
     clip = "no clipping" if limit is None else f"clipped at {limit:g}"
-    return [passed("step", f"gradient norm {norm:.3e}, {clip}, AdamW as configured, three times")]
+    return passed("step", f"gradient norm {norm:.3e}, {clip}, {subject.optim.name} as configured, three times")
 
 
 MISTAKES: dict[str, dict[str, Any]] = {

@@ -54,33 +54,28 @@ class Linear(nn.Linear):
         return y + self.bias.astype(x.dtype) if "bias" in self else y
 
 
-KEYS: list[mx.array] = []  # of the layers that are running, the innermost last
+_KEYS: list[mx.array] = []  # of the layers that are running, the innermost last
 
 
 @contextmanager
-def drawing_from(key: mx.array) -> Iterator[None]:
+def _drawing_from(key: mx.array) -> Iterator[None]:
     """Dropout draws from this key, not from the global random state: what is computed again drops the same values."""
-    KEYS.append(key)
+    _KEYS.append(key)
     try:
         yield
     finally:
-        KEYS.pop()
+        _KEYS.pop()
 
 
-class Dropout(nn.Module):
-    """Zeroes values with a probability and scales up the rest, while training."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.keep = 1 - p
-
+class _KeyedDropout(nn.Dropout):
     def __call__(self, x: mx.array) -> mx.array:
-        if self.keep == 1 or not self.training:
-            return x
-        key = None
-        if KEYS:
-            KEYS[-1], key = mx.random.split(KEYS[-1])
-        return mx.random.bernoulli(self.keep, x.shape, key=key) * x / self.keep
+        if not _KEYS or not self.training or self._p_1 == 1:
+            return super().__call__(x)
+        _KEYS[-1], key = mx.random.split(_KEYS[-1])
+        return mx.random.bernoulli(self._p_1, x.shape, key=key) * x / self._p_1
+
+
+Dropout = _KeyedDropout
 
 
 def rotate(x_BNLD: mx.array, angles_BLD: mx.array) -> mx.array:
@@ -209,7 +204,7 @@ class LanguageModel(nn.Module):
 
         def run(parameters: dict[str, Any], seed: mx.array, *args: Any) -> mx.array:
             layer.update(parameters)
-            with drawing_from(mx.stop_gradient(seed)):
+            with _drawing_from(mx.stop_gradient(seed)):
                 return layer(*args)
 
         output = (mx.checkpoint(run) if self.gradient_checkpointing else run)(parameters, seed, *args)
