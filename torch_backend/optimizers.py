@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,40 +20,56 @@ from mlx_training.optim import (
 from mlx_training.spec import Param
 
 State = dict[str, Tensor]
-Rule = Callable[[Optim, Tensor, State, Tensor], tuple[Tensor, State]]
 
 
-def updated(o: Optim, param: Param, p: Tensor, g: Tensor, state: State, t: Tensor, rate: float) -> tuple[Tensor, State]:
-    """A parameter and its state after step `t` (from 1) with a gradient that is clipped already."""
+class Clock(NamedTuple):
+    """What depends on the number of the step alone, computed once for all parameters."""
+
+    filled: tuple[Tensor, Tensor]  # 1 - beta^t: how full Adam's two means are, which began at zero
+    beta: Tensor  # of Adafactor's means
+
+
+Rule = Callable[[Optim, Tensor, State, Clock], tuple[Tensor, State]]
+
+
+def clock(o: Optim, t: Tensor) -> Clock:
+    """For step `t` (from 1)."""
+    return Clock((_filled(o.betas[0], t), _filled(o.betas[1], t)), 1 - t**ADAFACTOR_DECAY)
+
+
+def updated(
+    o: Optim, param: Param, p: Tensor, g: Tensor, state: State, clock: Clock, rate: float
+) -> tuple[Tensor, State]:
+    """A parameter and its state after a step with a gradient that is clipped already."""
     rule, decay, rate = o.rule(param), o.decay(param), rate * o.rate_factor(param)
     if decay and rule in COUPLED:
         g = g + decay * p
     elif decay:
         p = p * (1 - rate * decay)
-    move, state = RULES[rule](o, g, state, t)
+    move, state = RULES[rule](o, g, state, clock)
     return p - rate * move, state
 
 
-def adam(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+def adam(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
     """For a rate of 1, like all that follow."""
-    b1, b2 = o.betas
+    (b1, b2), (filled_m, filled_v) = o.betas, clock.filled
     m, v = b1 * state["m"] + (1 - b1) * g, b2 * state["v"] + (1 - b2) * g.square()
-    return m / _filled(b1, t) / (torch.sqrt(v / _filled(b2, t)) + o.eps), {"m": m, "v": v}
+    return m / filled_m / (torch.sqrt(v / filled_v) + o.eps), {"m": m, "v": v}
 
 
-def sgd(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+def sgd(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
     if not o.momentum:
         return g, {}
     m = o.momentum * state["m"] + g
     return g + o.momentum * m if o.nesterov else m, {"m": m}
 
 
-def adagrad(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+def adagrad(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
     v = state["v"] + g.square()
     return g / (torch.sqrt(v) + o.eps), {"v": v}
 
 
-def rmsprop(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+def rmsprop(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
     v = o.alpha * state["v"] + (1 - o.alpha) * g.square()
     move = g / (torch.sqrt(v) + o.eps)
     if not o.momentum:
@@ -61,13 +78,13 @@ def rmsprop(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State
     return m, {"m": m, "v": v}
 
 
-def lion(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+def lion(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
     b1, b2 = o.betas
     return torch.sign(b1 * state["m"] + (1 - b1) * g), {"m": b2 * state["m"] + (1 - b2) * g}
 
 
-def adafactor(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
-    beta, square = 1 - t**ADAFACTOR_DECAY, g.square() + o.eps
+def adafactor(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
+    beta, square = clock.beta, g.square() + o.eps
     if "v" in state:
         state = {"v": beta * state["v"] + (1 - beta) * square}
         move = g * torch.rsqrt(state["v"])
@@ -79,7 +96,7 @@ def adafactor(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, Sta
     return move / (torch.sqrt(move.square().mean()) / ADAFACTOR_CLIP).clamp(min=1.0), state
 
 
-def muon(o: Optim, g: Tensor, state: State, t: Tensor) -> tuple[Tensor, State]:
+def muon(o: Optim, g: Tensor, state: State, clock: Clock) -> tuple[Tensor, State]:
     m = o.momentum * state["m"] + (1 - o.momentum) * g
     move = o.momentum * m + (1 - o.momentum) * g if o.nesterov else m
     return MUON_SCALE * max(g.shape[-2:]) ** 0.5 * orthogonal(move), {"m": m}
@@ -110,5 +127,5 @@ RULES: dict[str, Rule] = {
 
 
 def _filled(beta: float, t: Tensor) -> Tensor:
-    """1 - beta^t: how full a mean that began at zero is; by way of expm1, as float32 has no digits left near 1."""
+    """1 - beta^t by way of expm1, as float32 has no digits left near 1."""
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)

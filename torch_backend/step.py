@@ -14,7 +14,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 from torch_backend.layers import LanguageModel
-from torch_backend.optimizers import State, updated
+from torch_backend.optimizers import State, clock, updated
 
 FUSED = {"adamw": adamw, "adam": adam}
 HONOURS_FOUND_INF = ("cpu", "cuda")  # devices whose fused kernel reads it; Metal's takes the argument and ignores it
@@ -107,10 +107,10 @@ class Step:
             )
 
     def _update_each(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
-        t, keep = self.taken + 1, skipped > 0
+        now, keep = clock(self.optim, self.taken + 1), skipped > 0
         for name, p in self.parameters.items():
             param, state = self.table[name], self.state[name]
-            new, new_state = updated(self.optim, param, p, gradients[name], state, t, lr[param.group])
+            new, new_state = updated(self.optim, param, p, gradients[name], state, now, lr[param.group])
             p.copy_(torch.where(keep, p, new))
             for key, array in new_state.items():
                 state[key].copy_(torch.where(keep, state[key], array))

@@ -129,7 +129,7 @@ def diagnose(
         objective: (model, batch) -> {"loss": sum, "weight": count}, arrays of the framework.
         batches: at least one Batch; several different ones tell more.
         backend: `mlx_training.backend.get("mlx")` or `get("torch")`.
-        optim: AdamW's settings; the defaults of Optim if None.
+        optim: the optimiser and its settings; AdamW's defaults if None.
         make_step: makes a training step of one's own (mlx_training.backend.Step) for a Subject; ours if None.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -18,42 +19,56 @@ from mlx_training.optim import (
 from mlx_training.spec import Param
 
 State = dict[str, mx.array]
-Rule = Callable[[Optim, mx.array, State, mx.array], tuple[mx.array, State]]
+
+
+class Clock(NamedTuple):
+    """What depends on the number of the step alone, computed once for all parameters."""
+
+    filled: tuple[mx.array, mx.array]  # 1 - beta^t: how full Adam's two means are, which began at zero
+    beta: mx.array  # of Adafactor's means
+
+
+Rule = Callable[[Optim, mx.array, State, Clock], tuple[mx.array, State]]
+
+
+def clock(o: Optim, t: mx.array) -> Clock:
+    """For step `t` (from 1)."""
+    return Clock((_filled(o.betas[0], t), _filled(o.betas[1], t)), 1 - t**ADAFACTOR_DECAY)
 
 
 def updated(
-    o: Optim, param: Param, p: mx.array, g: mx.array, state: State, t: mx.array, rate: mx.array
+    o: Optim, param: Param, p: mx.array, g: mx.array, state: State, clock: Clock, rate: mx.array
 ) -> tuple[mx.array, State]:
-    """A parameter and its state after step `t` (from 1) with a gradient that is clipped already."""
+    """A parameter and its state after a step with a gradient that is clipped already."""
     rule, decay, rate = o.rule(param), o.decay(param), rate * o.rate_factor(param)
     if decay and rule in COUPLED:
         g = g + decay * p
     elif decay:
         p = p * (1 - rate * decay)
-    move, state = RULES[rule](o, g, state, t)
+    move, state = RULES[rule](o, g, state, clock)
     return p - rate * move, state
 
 
-def adam(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
+def adam(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
     """For a rate of 1, like all that follow."""
-    b1, b2 = o.betas
+    (b1, b2), (filled_m, filled_v) = o.betas, clock.filled
     m, v = b1 * state["m"] + (1 - b1) * g, b2 * state["v"] + (1 - b2) * g.square()
-    return m / _filled(b1, t) / (mx.sqrt(v / _filled(b2, t)) + o.eps), {"m": m, "v": v}
+    return m / filled_m / (mx.sqrt(v / filled_v) + o.eps), {"m": m, "v": v}
 
 
-def sgd(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
+def sgd(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
     if not o.momentum:
         return g, {}
     m = o.momentum * state["m"] + g
     return g + o.momentum * m if o.nesterov else m, {"m": m}
 
 
-def adagrad(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
+def adagrad(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
     v = state["v"] + g.square()
     return g / (mx.sqrt(v) + o.eps), {"v": v}
 
 
-def rmsprop(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
+def rmsprop(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
     v = o.alpha * state["v"] + (1 - o.alpha) * g.square()
     move = g / (mx.sqrt(v) + o.eps)
     if not o.momentum:
@@ -62,13 +77,13 @@ def rmsprop(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array,
     return m, {"m": m, "v": v}
 
 
-def lion(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
+def lion(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
     b1, b2 = o.betas
     return mx.sign(b1 * state["m"] + (1 - b1) * g), {"m": b2 * state["m"] + (1 - b2) * g}
 
 
-def adafactor(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
-    beta, square = 1 - t**ADAFACTOR_DECAY, g.square() + o.eps
+def adafactor(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
+    beta, square = clock.beta, g.square() + o.eps
     if "v" in state:
         state = {"v": beta * state["v"] + (1 - beta) * square}
         move = g * mx.rsqrt(state["v"])
@@ -80,7 +95,7 @@ def adafactor(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.arra
     return move / mx.maximum(mx.sqrt(move.square().mean()) / ADAFACTOR_CLIP, 1.0), state
 
 
-def muon(o: Optim, g: mx.array, state: State, t: mx.array) -> tuple[mx.array, State]:
+def muon(o: Optim, g: mx.array, state: State, clock: Clock) -> tuple[mx.array, State]:
     m = o.momentum * state["m"] + (1 - o.momentum) * g
     move = o.momentum * m + (1 - o.momentum) * g if o.nesterov else m
     return MUON_SCALE * max(g.shape[-2:]) ** 0.5 * orthogonal(move), {"m": m}
@@ -111,5 +126,5 @@ RULES: dict[str, Rule] = {
 
 
 def _filled(beta: float, t: mx.array) -> mx.array:
-    """1 - beta^t: how full a mean that began at zero is; by way of expm1, as float32 has no digits left near 1."""
+    """1 - beta^t by way of expm1, as float32 has no digits left near 1."""
     return -mx.expm1(t * math.log(beta)) if beta else mx.ones_like(t)

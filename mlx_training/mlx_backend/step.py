@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_training.backend import Arrays, Optim, expect_names, probe_records, step_seed
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.layers import LanguageModel
-from mlx_training.mlx_backend.optimizers import State, updated
+from mlx_training.mlx_backend.optimizers import State, clock, updated
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 
@@ -99,10 +99,10 @@ class Step:
         if self.optim.grad_clip_norm is not None:
             factor = mx.minimum(self.optim.grad_clip_norm / (norm + 1e-6), 1.0)
             gradients = {name: g * factor for name, g in gradients.items()}
-        moved, moments = dict(parameters), dict(state)
+        moved, moments, now = dict(parameters), dict(state), clock(self.optim, taken + 1)
         for name, param in self.table.items():
             p, rate = parameters[name], rates[param.group]
-            moved[name], moments[name] = updated(self.optim, param, p, gradients[name], state[name], taken + 1, rate)
+            moved[name], moments[name] = updated(self.optim, param, p, gradients[name], state[name], now, rate)
         new, old = (moved, (moments, taken + 1)), (parameters, states)
         parameters, states = tree_map(lambda new, old: mx.where(is_finite, new, old), new, old)
         skipped = 1 - is_finite.astype(mx.float32)
