@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from mlx_training.config_checks import merge
 from mlx_training.config_dataset import Dataset, DatasetOptions, Splits
+from mlx_training.config_decoder import DecoderShape
 from mlx_training.config_errors import Problem, explain, take_older_spellings
-from mlx_training.config_language import DecoderShape
 from mlx_training.config_model import FAMILIES, DecoderConfig, TimeSeriesConfig
 from mlx_training.config_schema import RunConfig
 from mlx_training.configs import find_config

@@ -6,8 +6,16 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from mlx_training.config_language import DecoderShape
-from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, TimeSeriesConfig
+from mlx_training.config_decoder import DecoderShape
+from mlx_training.config_language import KgramShape, RecurrentShape
+from mlx_training.config_model import (
+    FAMILIES,
+    DecoderConfig,
+    KgramConfig,
+    LanguageConfig,
+    RecurrentConfig,
+    TimeSeriesConfig,
+)
 from mlx_training.config_presets import PRESETS
 from mlx_training.optim import SETTINGS as OPTIM
 from mlx_training.schedule import SETTINGS as SCHEDULE
@@ -129,6 +137,10 @@ def _model_conflicts(config: "RunConfig") -> Iterator[Conflict]:
             yield Conflict(keys, "given true; the opentslm layout has no numeric scale, set false or layout: standard")
     elif isinstance(model, DecoderConfig):
         yield from _decoder_conflicts(model.decoder)
+    elif isinstance(model, RecurrentConfig):
+        yield from _recurrent_conflicts(model.recurrent)
+    elif isinstance(model, KgramConfig):
+        yield from _kgram_conflicts(model.kgram)
 
 
 def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
@@ -167,6 +179,22 @@ def _unread(shape: DecoderShape, readers: dict[str, str], by: str, given: Sequen
         if reader not in given and getattr(shape, key) != DecoderShape.model_fields[key].default:
             message = f"{by}: {', '.join(given)} does not read it; remove it, or give {by}: {reader}"
             yield Conflict((f"model.decoder.{key}", f"model.decoder.{by}"), message)
+
+
+def _recurrent_conflicts(shape: RecurrentShape) -> Iterator[Conflict]:
+    if shape.tie_word_embeddings and shape.embed_size not in (None, shape.hidden_size):
+        keys = tuple(f"model.recurrent.{key}" for key in ("embed_size", "tie_word_embeddings", "hidden_size"))
+        message = f"given {shape.embed_size}; a head that is tied to the embeddings needs them as wide as hidden_size"
+        yield Conflict(keys, f"{message}, which is {shape.hidden_size}")
+
+
+def _kgram_conflicts(shape: KgramShape) -> Iterator[Conflict]:
+    if shape.form == "onehot" and shape.embed_size is not None:
+        keys = ("model.kgram.embed_size", "model.kgram.form")
+        yield Conflict(keys, "form: onehot does not read it; remove it or give form: embedding")
+    if shape.k > shape.context_length:
+        keys = ("model.kgram.k", "model.kgram.context_length")
+        yield Conflict(keys, f"given {shape.k}; a window has context_length {shape.context_length} tokens only")
 
 
 def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]:

@@ -1,13 +1,12 @@
-"""The `model` section of the families that are trained from scratch on text."""
+"""The `model` section of the families that are trained from scratch on text: what they share, recurrent and k-gram."""
 
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Tag
 
-from mlx_training.config_section import Count, Dropout, Names, Positive, Rate, Section, Text, as_tuple, either
-from mlx_training.spec import DecoderSpec, ExpertsSpec, FixedPattern, RopeScaling, Spec
-from mlx_training.spec.mixers import Mixer
+from mlx_training.config_section import Count, Dropout, Names, Positive, Section, Text, either
+from mlx_training.spec import KgramSpec, RecurrentSpec, Spec
 
 
 class TokenizerConfig(Section):
@@ -51,129 +50,76 @@ class LanguageConfig(Section):
         """The model that these sizes describe."""
 
 
-class RopeScalingConfig(Section):
-    """Llama 3's frequency scaling."""
-
-    factor: Positive = 8.0
-    """Long wavelengths become this much longer."""
-    low_freq_factor: Positive = 1.0
-    """Wavelengths above original_context_length / this are long."""
-    high_freq_factor: Positive = 4.0
-    """Wavelengths below original_context_length / this are kept."""
-    original_context_length: Count = 8192
-    """Tokens the model was pretrained on before its context was extended."""
-
-
-class FixedConfig(Section):
-    """`fixed` sparse attention: a query sees its segment and the summary blocks of earlier ones."""
-
-    block_size: Count = 16
-    """Tokens a block."""
-    local_context: Count = 64
-    """Tokens a segment, a multiple of block_size."""
-    num_verts: Count = 1
-    """Choices of summary blocks that heads take turns with; it divides num_heads."""
-    vert_size: Count = 1
-    """Summary blocks a segment; it divides the blocks of a segment."""
-
-
-class ExpertsConfig(Section):
-    """A mixture of experts in every layer."""
-
-    num_experts: Annotated[int, Field(ge=2)] = 8
-    """Feed-forward layers to choose from, each of intermediate_size."""
-    num_active: Count = 2
-    """Experts a token goes to."""
-    balance: Rate = 0.01
-    """Weight of the balancing loss in training."""
-
-
-class DecoderShape(Section):
+class RecurrentShape(Section):
+    cell: Literal["lstm", "gru"] = "lstm"
+    """LSTM or GRU, as PyTorch has them."""
     hidden_size: Count = 128
-    """Width of the model."""
-    intermediate_size: Count = 256
-    """Width of the feed-forward layers."""
-    num_layers: Count = 3
-    """Transformer layers."""
-    num_heads: Count = 4
-    """Query heads."""
-    num_kv_heads: Count | None = None
-    """Key/value heads; they divide num_heads. null: as many as num_heads."""
-    head_dim: Count | None = None
-    """Width of a head. null: intermediate_dim (else hidden_size) / num_heads."""
-    intermediate_dim: Count | None = None
-    """Bottleneck attention: width of all query heads together. null: hidden_size."""
+    """Width of the states."""
+    embed_size: Count | None = None
+    """Width of the embeddings. null: hidden_size."""
+    num_layers: Count = 1
+    """Recurrent layers."""
     context_length: Count = 128
-    """Tokens per training window."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """RMSNorm, or LayerNorm with a bias."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Normalise what enters attention and feed-forward layers, or (post) the sum with what they return."""
-    norm_eps: Positive = 1e-5
-    """Epsilon of the norms."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "gelu_quick", "relu2"] = "swiglu"
-    """Feed-forward layers: SwiGLU, or up, GELU (exact, tanh, or x sigmoid(1.702 x)) or squared ReLU, down."""
-    mlp_bias: bool = False
-    """Biases in the feed-forward layers."""
-    attention_bias: bool = False
-    """Biases of queries, keys, values and attention's output."""
-    positions: Literal["rope", "learned", "alibi", "none"] = "rope"
-    """Rotary, learned (then no text may be longer than context_length), ALiBi, or none."""
-    rope_theta: Positive = 10000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: RopeScalingConfig | None = None
-    """Llama 3's frequency scaling; null: none."""
-    qk_norm: bool = False
-    """RMSNorm of every query and key head, before positions."""
-    mixers: Annotated[tuple[Mixer, ...], as_tuple, Field(min_length=1)] = ("causal",)
-    """What each layer's attention sees, repeated over the layers: causal (all of the past), local, strided, fixed."""
-    window: Count = 256
-    """local: the last so many tokens, itself included."""
-    stride: Annotated[int, Field(ge=2)] = 16
-    """strided: every so-manieth token of the past, itself included."""
-    fixed: FixedConfig = FixedConfig()
-    """fixed: sizes of the pattern (Child et al. 2019)."""
-    num_sinks: Annotated[int, Field(ge=0)] = 0
-    """Learned keys and values of each layer that every query sees, at the same distance from everywhere."""
-    experts: ExpertsConfig | None = None
-    """A mixture of experts in the place of the feed-forward layers; null: none."""
-    logit_softcap: Positive | None = None
-    """Logits become c tanh(logits / c); null: as they are."""
-    tie_word_embeddings: bool = True
+    """Tokens per training window; every window starts from zero states."""
+    tie_word_embeddings: bool = False
     """The output head is the embedding table."""
     dropout: Dropout = 0.0
-    """Dropout on the embeddings, and on what attention and feed-forward layers return."""
-    init: Literal["normal", "xavier", "kaiming", "uniform"] = "normal"
-    """Of the matrices: N(0, init_std), Glorot's or He's by fan, or uniform within init_std. Embeddings are normal."""
-    init_std: Positive = 0.02
-    """Standard deviation of the initial weights."""
-    position_init_std: Rate = 0.02
-    """Standard deviation of learned positions; 0: they start at zero."""
+    """Dropout on the embeddings, and on what each layer returns."""
+    init_std: Positive | None = None
+    """Standard deviation of the initial embeddings. null: 1, or 0.1 where the head is tied to them."""
 
 
-class DecoderConfig(LanguageConfig):
-    """A GPT- or Llama-shaped language model trained from scratch."""
+class RecurrentConfig(LanguageConfig):
+    """An LSTM or GRU language model trained from scratch."""
 
-    reads_segments: ClassVar[bool] = True
-
-    family: Literal["decoder"]
-    """decoder: a GPT- or Llama-shaped LM from scratch."""
-    preset: Literal["mainrun", "modern-llm-253m", "lm-max-12gb", "mingpt", "gpt2-small-8", "gpt-oss-small"] | None = (
-        None
-    )
-    """Sizes by name (docs/language_models.md); keys given beside it win."""
-    decoder: DecoderShape = DecoderShape()
+    family: Literal["recurrent"]
+    """recurrent: an LSTM or GRU from scratch."""
+    preset: Literal["lstm-1024"] | None = None
+    """Sizes by name; keys given beside it win."""
+    recurrent: RecurrentShape = RecurrentShape()
 
     @property
     def context_length(self) -> int:
-        return self.decoder.context_length
+        return self.recurrent.context_length
 
-    def spec(self, vocab_size: int) -> DecoderSpec:
-        shape = self.decoder.model_dump(exclude={"intermediate_dim"})
-        shape["num_kv_heads"] = shape["num_kv_heads"] or shape["num_heads"]
-        width = self.decoder.intermediate_dim or shape["hidden_size"]
-        shape["head_dim"] = shape["head_dim"] or width // shape["num_heads"]
-        shape["fixed"] = FixedPattern(**shape["fixed"])
-        for key, part in {"rope_scaling": RopeScaling, "experts": ExpertsSpec}.items():
-            shape[key] = part(**shape[key]) if shape[key] else None
-        return DecoderSpec(vocab_size, **shape)
+    def spec(self, vocab_size: int) -> RecurrentSpec:
+        shape = self.recurrent.model_dump()
+        shape["embed_size"] = shape["embed_size"] or shape["hidden_size"]
+        shape["init_std"] = shape["init_std"] or (0.1 if shape["tie_word_embeddings"] else 1.0)
+        return RecurrentSpec(vocab_size, **shape)
+
+
+class KgramShape(Section):
+    form: Literal["onehot", "embedding", "convolution"] = "embedding"
+    """A Linear over k one-hot codes, over k embeddings side by side, or over a depthwise convolution of them."""
+    k: Annotated[int, Field(ge=2)] = 3
+    """Tokens that the next one is predicted from, the current one included."""
+    embed_size: Count | None = None
+    """Width of the embeddings (onehot has none). null: hidden_size."""
+    hidden_size: Count = 128
+    """Width of the layers."""
+    num_layers: Count = 2
+    """Linear layers, SiLU after each, before the output head."""
+    context_length: Count = 128
+    """Tokens per training window; what stands before a window counts as nothing."""
+    init_std: Positive = 1.0
+    """Standard deviation of the initial embeddings (onehot: of the first layer)."""
+
+
+class KgramConfig(LanguageConfig):
+    """A multi-layer perceptron on the last k tokens, trained from scratch."""
+
+    family: Literal["kgram"]
+    """kgram: a perceptron on the last k tokens, from scratch."""
+    preset: Literal["kgram-onehot", "kgram-embedding", "kgram-conv"] | None = None
+    """Sizes by name; keys given beside it win."""
+    kgram: KgramShape = KgramShape()
+
+    @property
+    def context_length(self) -> int:
+        return self.kgram.context_length
+
+    def spec(self, vocab_size: int) -> KgramSpec:
+        shape = self.kgram.model_dump()
+        shape["embed_size"] = shape["embed_size"] or shape["hidden_size"]
+        return KgramSpec(vocab_size, **shape)

@@ -4,10 +4,11 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from mlx_training.config_language import DecoderConfig, LanguageConfig
+from mlx_training.config_decoder import DecoderConfig
+from mlx_training.config_language import KgramConfig, LanguageConfig, RecurrentConfig
 from mlx_training.config_timeseries import TimeSeriesConfig
 
-FAMILIES = ("timeseries", "decoder")
+FAMILIES = ("timeseries", "decoder", "recurrent", "kgram")
 
 
 def _family(value: Any) -> str | None:
@@ -16,8 +17,19 @@ def _family(value: Any) -> str | None:
 
 
 ModelConfig = Annotated[
-    Annotated[TimeSeriesConfig, Tag("<timeseries>")] | Annotated[DecoderConfig, Tag("<decoder>")],
+    Annotated[TimeSeriesConfig, Tag("<timeseries>")]
+    | Annotated[DecoderConfig, Tag("<decoder>")]
+    | Annotated[RecurrentConfig, Tag("<recurrent>")]
+    | Annotated[KgramConfig, Tag("<kgram>")],
     Discriminator(_family, custom_error_type="family", custom_error_message="unknown family"),
 ]
 
-__all__ = ["FAMILIES", "DecoderConfig", "LanguageConfig", "ModelConfig", "TimeSeriesConfig"]
+__all__ = [
+    "FAMILIES",
+    "DecoderConfig",
+    "KgramConfig",
+    "LanguageConfig",
+    "ModelConfig",
+    "RecurrentConfig",
+    "TimeSeriesConfig",
+]

@@ -41,4 +41,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "gpt2-small-8": _decoder(768, 12, 8, context_length=512, **GPT),
         "gpt-oss-small": _decoder(512, 8, 8, context_length=512, dropout=0.05, tie_word_embeddings=False),
     },
+    "recurrent": {
+        "lstm-1024": {"recurrent": {"hidden_size": 1024, "num_layers": 1, "context_length": 256}},
+    },
+    "kgram": {
+        "kgram-onehot": {"kgram": {"form": "onehot", "k": 3, "hidden_size": 256, "context_length": 256}},
+        "kgram-embedding": {"kgram": {"form": "embedding", "k": 3, "hidden_size": 1024, "context_length": 256}},
+        "kgram-conv": {"kgram": {"form": "convolution", "k": 3, "hidden_size": 1024, "context_length": 256}},
+    },
 }

@@ -35,8 +35,6 @@ class Experiment(Section):
     """Free text, kept with the run."""
 
 
-
-
 class Evaluation(Section):
     every_steps: Count | None = 200
     """Evaluate after this many steps, and at the end; null: after every epoch, and at the end."""

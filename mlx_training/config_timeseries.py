@@ -41,7 +41,7 @@ class TimeSeriesConfig(Section):
     """A trained encoder and projector in front of a frozen language model."""
 
     family: Literal["timeseries"]
-    """timeseries: encoder + projector + frozen LM. decoder: a Llama-shaped LM from scratch."""
+    """timeseries: encoder + projector + frozen LM. Others: an LM from scratch."""
     preset: Literal["opentslm-sp"] | None = None
     """Published sizes for the encoder and projector, and its prompt layout; keys given beside it win."""
     layout: Literal["standard", "opentslm"] = "standard"

@@ -147,9 +147,7 @@ def generate_rows(
     with full_memory_explained(lambda: reading_advice(run)):
         loaded = load_run(run, backend, checkpoint)
         if not isinstance(loaded.data, RowData):
-            raise DataError(
-                f"--rows {rows}: {run} is a language model; give it --prompt TEXT or --prompts FILE"
-            )
+            raise DataError(f"--rows {rows}: {run} is a language model; give it --prompt TEXT or --prompts FILE")
         given = loaded.data.read(rows, with_answers=False)
         chosen = {"max_new_tokens": loaded.config.evaluation.max_new_tokens} | dict(sampling or {})
         predictions = generator_of(loaded, Sampling(**chosen)).answers(given, loaded.data.encode_prompt)

@@ -16,15 +16,21 @@ from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
-from mlx_training.spec import DecoderSpec, Spec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
 from torch_backend.decoder import Decoder
+from torch_backend.kgram import Kgram
 from torch_backend.layers import LanguageModel
 from torch_backend.pretrained import frozen_hash, load_pretrained
+from torch_backend.recurrent import Recurrent
 from torch_backend.session import Session
 from torch_backend.step import Step
 from torch_backend.timeseries import TimeSeriesLM
 
-FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {DecoderSpec: Decoder}  # models trained from scratch
+FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {  # models trained from scratch
+    DecoderSpec: Decoder,
+    RecurrentSpec: Recurrent,
+    KgramSpec: Kgram,
+}
 
 
 class Backend:

@@ -16,15 +16,21 @@ from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.mlx_backend.decoder import Decoder
+from mlx_training.mlx_backend.kgram import Kgram
 from mlx_training.mlx_backend.layers import LanguageModel
 from mlx_training.mlx_backend.pretrained import frozen_hash, load_pretrained
+from mlx_training.mlx_backend.recurrent import Recurrent
 from mlx_training.mlx_backend.session import Session
 from mlx_training.mlx_backend.step import Step
 from mlx_training.mlx_backend.timeseries import TimeSeriesLM
 from mlx_training.objectives import Objective
-from mlx_training.spec import DecoderSpec, Spec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
 
-FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {DecoderSpec: Decoder}  # models trained from scratch
+FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {  # models trained from scratch
+    DecoderSpec: Decoder,
+    RecurrentSpec: Recurrent,
+    KgramSpec: Kgram,
+}
 
 
 class Backend:

@@ -1,8 +1,10 @@
 """Specs: models described without a framework."""
 
 from mlx_training.spec.decoder import DecoderSpec, ExpertsSpec, RopeScaling
+from mlx_training.spec.kgram import KgramSpec
 from mlx_training.spec.mixers import FixedPattern
 from mlx_training.spec.param import Param, Spec
+from mlx_training.spec.recurrent import RecurrentSpec
 from mlx_training.spec.timeseries import EncoderSpec, FrozenLM, ProjectorSpec, TimeSeriesSpec
 
 __all__ = [
@@ -11,8 +13,10 @@ __all__ = [
     "ExpertsSpec",
     "FixedPattern",
     "FrozenLM",
+    "KgramSpec",
     "Param",
     "ProjectorSpec",
+    "RecurrentSpec",
     "RopeScaling",
     "Spec",
     "TimeSeriesSpec",

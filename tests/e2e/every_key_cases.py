@@ -49,9 +49,14 @@ BASES: dict[str, tuple[str, ...]] = {
         "model.tokenizer.special_tokens=[<fim_prefix>, <fim_middle>, <fim_suffix>]",
         "training.objective=fill_in_the_middle",
     ),
+    "recurrent": (),
+    "kgram": (),
 }
-DECODERS = ("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
-DECODERS = ("decoder", "rope", "learned", "text", "text file", "sources", "sentinels", "fim")
+DECODERS = (
+    *("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "experts"),
+    *("text", "text file", "sources", "sentinels", "fim"),
+)
+FILES = {"recurrent": "recurrent.yaml", "kgram": "kgram.yaml"}  # of the other families
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -122,6 +127,22 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.decoder.init", "decoder", "model.decoder.init=uniform", "losses"),
     ("model.decoder.tie_word_embeddings", "decoder", "model.decoder.tie_word_embeddings=false", "shapes"),
     ("model.decoder.init_std", "decoder", "model.decoder.init_std=0.1", "losses"),
+    ("model.recurrent.cell", "recurrent", "model.recurrent.cell=gru", "shapes"),
+    ("model.recurrent.hidden_size", "recurrent", "model.recurrent.hidden_size=24", "shapes"),
+    ("model.recurrent.embed_size", "recurrent", "model.recurrent.embed_size=24", "shapes"),
+    ("model.recurrent.num_layers", "recurrent", "model.recurrent.num_layers=1", "shapes"),
+    ("model.recurrent.context_length", "recurrent", "model.recurrent.context_length=24", "data"),
+    ("model.recurrent.tie_word_embeddings", "recurrent", "model.recurrent.tie_word_embeddings=true", "shapes"),
+    ("model.recurrent.dropout", "recurrent", "model.recurrent.dropout=0.5", "losses"),
+    ("model.recurrent.init_std", "recurrent", "model.recurrent.init_std=0.1", "losses"),
+    ("model.kgram.form", "kgram", "model.kgram.form=convolution", "shapes"),
+    ("model.kgram.k", "kgram", "model.kgram.k=4", "shapes"),
+    ("model.kgram.embed_size", "kgram", "model.kgram.embed_size=24", "shapes"),
+    ("model.kgram.hidden_size", "kgram", "model.kgram.hidden_size=24", "shapes"),
+    ("model.kgram.num_layers", "kgram", "model.kgram.num_layers=1", "shapes"),
+    ("model.kgram.context_length", "kgram", "model.kgram.context_length=24", "data"),
+    ("model.kgram.init_std", "kgram", "model.kgram.init_std=0.1", "losses"),
+    ("model.preset", "kgram", "model.preset=kgram-onehot", "shapes"),
     ("model.tokenizer", "decoder", "model.tokenizer=other-llm", "data"),
     ("model.tokenizer.train", "decoder", "model.tokenizer.train=320", "data"),
     ("model.tokenizer.load", "decoder", "model.tokenizer={train: null, load: other-llm}", "data"),

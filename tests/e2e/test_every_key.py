@@ -28,8 +28,8 @@ from mlx_training.errors import UserError
 from mlx_training.json_lines import read_metrics
 from mlx_training.samples import SAMPLES
 from mlx_training.trainer import train
-from tests.e2e.every_key_cases import BASES, CASES, DECODERS
-from tests.e2e.tiny import decoder_config, rows, save_tiny_llama, timeseries_config
+from tests.e2e.every_key_cases import BASES, CASES, DECODERS, FILES
+from tests.e2e.tiny import decoder_config, language_config, rows, save_tiny_llama, timeseries_config
 
 # A change in what a run is made of shows everywhere; these keys act later and must leave it alone.
 LATER = (
@@ -83,6 +83,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
         write_rows(folder / f"{name}.jsonl", rows(32, start=start))
     (folder / "rows.yaml").write_text(timeseries_config(tiny_llm, Path("rows.jsonl"), Path("run")))
     (folder / "decoder.yaml").write_text(decoder_config(Path("run")))
+    for family, file in FILES.items():
+        (folder / file).write_text(language_config(Path("run"), family))
 
     rng = np.random.default_rng(0)
     arrays = {
@@ -154,7 +156,7 @@ def observe(world: Path, tiny_llm: Path) -> Iterator[Any]:
             sizes.clear()
             wandb.told = {}
             place = [f"output_dir=run{next(runs)}"]
-            config = "decoder.yaml" if base in DECODERS else "rows.yaml"
+            config = FILES.get(base) or ("decoder.yaml" if base in DECODERS else "rows.yaml")
             try:
                 return look(load_config(config, [*BASES[base], *place, *overrides]), sizes, wandb)
             except UserError as error:

@@ -65,15 +65,27 @@ logging: {{every_steps: 1}}
 """
 
 
+SHAPES = {
+    "decoder": "{hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2, context_length: 16}",
+    "recurrent": "{hidden_size: 16, num_layers: 2, context_length: 16}",
+    "kgram": "{hidden_size: 16, k: 3, context_length: 16}",
+}
+
+
 def decoder_config(run: Path) -> str:
     """A decoder from scratch on the generated corpus: 4 steps, evaluated and saved every second."""
+    return language_config(run, "decoder")
+
+
+def language_config(run: Path, family: str) -> str:
+    """The same of another family."""
     return f"""\
 experiment: {{name: tiny, seed: 7}}
 output_dir: {run}
 device: cpu
 model:
-  family: decoder
-  decoder: {{hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2, context_length: 16}}
+  family: {family}
+  {family}: {SHAPES[family]}
   tokenizer: {{train: 300}}
 dataset: {{format: corpus, num_samples_train: 40, num_samples_validation: 4, num_samples_test: 4}}
 training: {{max_steps: 4, batch_size: 4, learning_rate: 1e-2, warmup_fraction: 0.25}}

@@ -10,7 +10,7 @@ import pytest
 from mlx_training import cli
 from mlx_training.data.rows import write_rows
 from mlx_training.json_lines import read_metrics
-from tests.e2e.tiny import decoder_config, rows, timeseries_config
+from tests.e2e.tiny import decoder_config, language_config, rows, timeseries_config
 
 CONFIG, DATA = 2, 3  # exit codes
 TIMES = {"tokens_per_second", "seconds_per_step", "memory_gb"}
@@ -53,6 +53,10 @@ class Workbench:
     def use_decoder(self) -> None:
         """Make `config.yaml` one of a decoder."""
         self.write(decoder_config(self.run))
+
+    def use_language(self, family: str) -> None:
+        """Make `config.yaml` one of a family that is trained from scratch on text."""
+        self.write(language_config(self.run, family))
 
     def main(self, *argv: object) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of one command."""

@@ -18,7 +18,9 @@ from mlx_training.spec import (
     ExpertsSpec,
     FixedPattern,
     FrozenLM,
+    KgramSpec,
     ProjectorSpec,
+    RecurrentSpec,
     RopeScaling,
     Spec,
     TimeSeriesSpec,
@@ -66,6 +68,13 @@ def specs(directory: Path) -> dict[str, Spec]:
         "decoder-no-positions": DecoderSpec(
             VOCAB, activation="gelu_quick", positions="none", logit_softcap=2.0, mlp_bias=True, init="xavier", **small
         ),
+        "recurrent-lstm": RecurrentSpec(VOCAB, "lstm", embed_size=12, hidden_size=16, num_layers=2),
+        "recurrent-gru": RecurrentSpec(
+            VOCAB, "gru", embed_size=16, hidden_size=16, tie_word_embeddings=True, init_std=0.5
+        ),
+        "kgram-onehot": KgramSpec(VOCAB, "onehot", k=3, hidden_size=16, num_layers=2),
+        "kgram-embedding": KgramSpec(VOCAB, "embedding", k=2, embed_size=12, hidden_size=16, num_layers=1),
+        "kgram-convolution": KgramSpec(VOCAB, "convolution", k=4, embed_size=12, hidden_size=16, num_layers=2),
     }
 
 
@@ -80,6 +89,11 @@ CASES = (
     "decoder-no-positions",
     "decoder-local-strided-sinks",
     "decoder-fixed-experts",
+    "recurrent-lstm",
+    "recurrent-gru",
+    "kgram-onehot",
+    "kgram-embedding",
+    "kgram-convolution",
 )
 
 

@@ -1,5 +1,6 @@
 """Sessions: what is decoded token by token, in any company, is what the whole forward pass gives."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +9,22 @@ import pytest
 from mlx_training.backend import get
 from mlx_training.data.batch import Batch
 from tests.parity import lm_driver
+from tests.parity.cases import CASES, realise, specs
 from tests.parity.tiny_checkpoints import save_tiny, save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
 LENGTHS = (9, 1, 14, 5)  # beyond Gemma's window of 5, and a prompt of one token
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3_text", "llama 4-bit resident"])
+PRETRAINED = ["llama", "qwen2", "gemma3_text", "llama 4-bit resident"]
+FROM_SCRATCH = [case for case in CASES if case.startswith(("recurrent", "kgram"))]
+
+
+@pytest.fixture(scope="module", params=[*PRETRAINED, *FROM_SCRATCH])
 def checkpoint(request, tmp_path_factory):
-    """(directory, how to load it)"""
+    """(directory, how to load it), or the name of a case of the parity suite."""
+    if request.param in FROM_SCRATCH:
+        return request.param
     model_type, *resident = request.param.split()
     make = save_tiny_quantized if resident else save_tiny
     directory = make(model_type, tmp_path_factory.mktemp("lm") / "lm")
@@ -25,6 +33,12 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture
 def lm(backend_name, checkpoint):
+    if checkpoint in FROM_SCRATCH:
+        backend, model = realise(backend_name, specs(Path())[checkpoint])
+        backend.load(model, {name: 3 * array for name, array in backend.export(model).items()})  # logits that differ
+        if backend_name == "torch":
+            model.requires_grad_(False)
+        return model
     return lm_driver.load(backend_name, checkpoint[0], **checkpoint[1])
 
 
@@ -85,3 +99,19 @@ def test_fork_leaves_the_parent_valid(new_session):
     assert np.abs(other[0] - other[2]).max() > 0.1  # the same history, another token
     later = [parent.extend(np.array([row[i] for row in rows])) for i in (-3, -2, -1)]
     np.testing.assert_allclose(np.stack(later, axis=1), expected[:, 2:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", FROM_SCRATCH)
+def test_decoding_takes_no_more_memory_with_every_token(case, backend_name):
+    backend, model = realise(backend_name, specs(Path())[case])
+    session = backend.session(model)
+    session.prefill(_prompts(_rows()))
+
+    def size() -> int:
+        arrays = getattr(session.cache, "states", None) or (session.cache.past,)
+        return sum(array.nbytes for array in arrays)
+
+    before = size()
+    for token in range(40):
+        session.extend(np.full(len(LENGTHS), token))
+    assert size() == before < 4000

@@ -21,6 +21,7 @@ CONFIGURATION = {
         "config_dataset",
         "config_timeseries",
         "config_language",
+        "config_decoder",
         "config_model",
         "config_samples",
         "config_training",
@@ -30,8 +31,7 @@ CONFIGURATION = {
 }
 ROOMS = (
     {"errors"},
-    {"spec", "blas", "environment", "llm_config", "torch_archive", "json_text"} | CONFIGURATION,
-    {"spec", "blas", "environment", "llm_config", "torch_archive", "optim", "schedule"} | CONFIGURATION,
+    {"spec", "blas", "environment", "llm_config", "torch_archive", "json_text", "optim", "schedule"} | CONFIGURATION,
     {
         "init",
         "json_lines",

@@ -5,23 +5,38 @@ A change of a golden file is a change of what checkpoints hold. Refresh with:
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from mlx_training.assemble import timeseries_spec
 from mlx_training.config import load_config
-from mlx_training.config_model import LanguageConfig
+from mlx_training.config_model import LanguageConfig, ModelConfig
+from mlx_training.config_presets import PRESETS
 from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
-CASES = ("quick_test", "tiny_llama", "timeseries_har", "opentslm_sp_llama_3_2_1b")
+VOCABULARY = 50_257  # of presets: GPT-2's
+PRESET_CASES = {
+    f"preset_{name}": (family, name) for family, sizes in PRESETS.items() if family != "timeseries" for name in sizes
+}
+CASES = ("quick_test", "tiny_llama", "timeseries_har", "opentslm_sp_llama_3_2_1b", *PRESET_CASES)
 
 
 def spec_of(case: str) -> Spec:
     if case == "opentslm_sp_llama_3_2_1b":
         return TimeSeriesSpec(FrozenLM(Path(), 2048, 128256), EncoderSpec(), ProjectorSpec())
+    if case in PRESET_CASES:
+        return preset_spec(*PRESET_CASES[case], VOCABULARY)
     model = load_config(case.replace("timeseries_", "timeseries/")).model
     return model.spec(768) if isinstance(model, LanguageConfig) else timeseries_spec(model)
+
+
+def preset_spec(family: str, name: str, vocab_size: int) -> Spec:
+    """The spec of a preset of a language family."""
+    section: dict[str, Any] = {"family": family, **PRESETS[family][name]}
+    return TypeAdapter(ModelConfig).validate_python(section).spec(vocab_size)
 
 
 def table(spec: Spec) -> str:

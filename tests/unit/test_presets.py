@@ -1,12 +1,18 @@
 """Presets: the sizes of record, and a first loss near that of a uniform guess."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from mlx_training.config_checks import PRESETS
-from mlx_training.config_model import DecoderConfig, TimeSeriesConfig
+from mlx_training.config_model import DecoderConfig, KgramConfig, RecurrentConfig, TimeSeriesConfig
+from mlx_training.data.batch import Batch
+from mlx_training.objectives.lm import lm
 from mlx_training.spec import DecoderSpec
+from tests.parity.cases import realise
+from tests.unit.test_golden import PRESET_CASES, preset_spec
 
 SIZES = {"mainrun": (16_000, 7_717_504), "modern-llm-253m": (50_257, 252_925_952)}
 
@@ -22,7 +28,7 @@ def test_number_of_parameters(name: str) -> None:
 
 
 def test_every_preset_has_a_name_and_every_name_a_preset() -> None:
-    for family in (DecoderConfig, TimeSeriesConfig):
+    for family in (DecoderConfig, KgramConfig, RecurrentConfig, TimeSeriesConfig):
         annotation: Any = family.model_fields["preset"].annotation
         (named, _) = get_args(annotation)
         assert set(get_args(named)) == set(PRESETS[get_args(family.model_fields["family"].annotation)[0]])
@@ -41,3 +47,16 @@ def test_alibi_slopes() -> None:
     assert DecoderSpec(8, num_heads=4).alibi_slopes().tolist() == [0.25, 0.0625, 0.015625, 0.00390625]
     six = DecoderSpec(8, num_heads=6).alibi_slopes()
     assert six.tolist() == pytest.approx([0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125])
+
+
+@pytest.mark.parametrize("case", PRESET_CASES)
+def test_first_loss_is_that_of_a_guess(case: str) -> None:
+    """Within 3 % of ln V, at the preset's widths; two layers and a small vocabulary, to be quick."""
+    pytest.importorskip("torch")
+    vocab_size = 512
+    spec: Any = preset_spec(*PRESET_CASES[case], vocab_size)
+    spec = replace(spec, num_layers=min(spec.num_layers, 2))
+    backend, model = realise("torch", spec)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (4, 33)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 32), np.float32), np.full(4, 32, np.int32))
+    assert backend.score(model, lm, batch)["loss"] / 128 == pytest.approx(np.log(vocab_size), rel=0.03)
