@@ -7,12 +7,12 @@ out, as is usual: together below 2 % at real sizes.
 Shape suffixes: B rows, L tokens, K labels a row, S series, P patches a series.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from mlx_training.data.batch import Batch
-from mlx_training.spec import DecoderSpec, EncoderSpec, Spec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, EncoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,37 @@ class LMShape:
     query: int
     key: int
     vocab: int
+    num_ffn_matrices: int = 3
 
     @property
     def layer_weights(self) -> int:
         """Elements of one layer's matrices."""
-        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn)
+        return self.hidden * (2 * self.query + 2 * self.key + self.num_ffn_matrices * self.ffn)
+
+    @property
+    def weights(self) -> int:
+        """Elements of all layers' matrices."""
+        return self.num_layers * self.layer_weights
+
+    def squares(self, length: int) -> int:
+        """Operations of attention a place, which grow with the text."""
+        return self.num_layers * 4 * self.query * length
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """Sizes of a language model without attention: `weights` elements of matrices multiply every place."""
+
+    hidden: int
+    vocab: int
+    weights: int
+
+    def squares(self, length: int) -> int:
+        """None."""
+        return 0
+
+
+Shape = LMShape | PlainShape
 
 
 class Flops(NamedTuple):
@@ -68,18 +94,34 @@ def batch_shape(batch: Batch, patch_size: int = 1) -> BatchShape:
     return BatchShape(B, L, K, S, T // patch_size)
 
 
-def lm_shape(spec: Spec, llm_config: Mapping[str, Any] | None = None) -> LMShape:
-    """The language model of a spec: a decoder's own sizes, or those of the frozen model's `config.json`."""
-    if isinstance(spec, DecoderSpec):
-        return LMShape(
-            spec.hidden_size,
-            spec.intermediate_size,
-            spec.num_layers,
-            spec.num_heads,
-            spec.num_heads * spec.head_dim,
-            spec.num_kv_heads * spec.head_dim,
-            spec.vocab_size,
-        )
+def _decoder(spec: DecoderSpec) -> LMShape:
+    return LMShape(
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.num_layers,
+        spec.num_heads,
+        spec.num_heads * spec.head_dim,
+        spec.num_kv_heads * spec.head_dim,
+        spec.vocab_size,
+        3 if spec.activation == "swiglu" else 2,
+    )
+
+
+def _plain(spec: RecurrentSpec | KgramSpec) -> PlainShape:
+    looked_up, head = "embed_tokens.weight", "lm_head.weight"
+    matrices = {name: p.size for name, p in spec.params().items() if len(p.shape) == 2}
+    return PlainShape(
+        spec.hidden_size, spec.vocab_size, sum(size for name, size in matrices.items() if name not in (looked_up, head))
+    )
+
+
+SHAPES: dict[type[Spec], Callable[[Any], Shape]] = {DecoderSpec: _decoder, RecurrentSpec: _plain, KgramSpec: _plain}
+
+
+def lm_shape(spec: Spec, llm_config: Mapping[str, Any] | None = None) -> Shape:
+    """The language model of a spec: a family's own sizes, or those of the frozen model's `config.json`."""
+    if type(spec) in SHAPES:
+        return SHAPES[type(spec)](spec)
     assert llm_config is not None, "a frozen language model is described by its config.json"
     heads, head_dim = llm_config["num_attention_heads"], llm_config["head_dim"]
     return LMShape(
@@ -93,7 +135,7 @@ def lm_shape(spec: Spec, llm_config: Mapping[str, Any] | None = None) -> LMShape
     )
 
 
-def count_flops(spec: Spec, lm: LMShape, batch: BatchShape) -> Flops:
+def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
     """Operations of one micro-batch, both passes.
 
     Backward of a trained product is twice its forward (input and weight). In a frozen LM only the input's half is
@@ -101,8 +143,8 @@ def count_flops(spec: Spec, lm: LMShape, batch: BatchShape) -> Flops:
     weights, so both halves are always needed. The patch embedding reads data, so it has no input gradient.
     """
     tokens = batch.rows * batch.tokens
-    products = tokens * lm.num_layers * 2 * lm.layer_weights
-    squares = tokens * lm.num_layers * 4 * lm.query * batch.tokens
+    products = tokens * 2 * lm.weights
+    squares = tokens * lm.squares(batch.tokens)
     head = batch.rows * batch.labels * 2 * lm.hidden * lm.vocab
     forward = products + squares + head
     if not isinstance(spec, TimeSeriesSpec):

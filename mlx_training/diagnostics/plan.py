@@ -31,7 +31,7 @@ from mlx_training.data.series import round_up
 from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer, expand
 from mlx_training.diagnostics import machine
-from mlx_training.diagnostics.flops import BatchShape, Flops, LMShape, batch_shape, count_flops, lm_shape
+from mlx_training.diagnostics.flops import BatchShape, Flops, Shape, batch_shape, count_flops, lm_shape
 from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, count_memory
 from mlx_training.environment import installed_backends, resolve_backend
 from mlx_training.errors import BackendError
@@ -64,7 +64,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     lm = lm_shape(spec, llm_config)
     frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, TimeSeriesSpec) and llm_config else {}
     steps, batch = _from_data(config, spec) if data_at_hand(config) else (config.training.max_steps, None)
-    batch = batch or _from_limits(config, spec, lm, llm_config)
+    batch = batch or _from_limits(config, spec, llm_config)
 
     flops = count_flops(spec, lm, batch)
     accumulation = config.training.grad_accumulation_steps
@@ -172,11 +172,11 @@ def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | 
     return steps, batch_shape(batch, spec.encoder.patch_size)
 
 
-def _from_limits(config: RunConfig, spec: Spec, lm: LMShape, llm_config: Mapping[str, Any] | None) -> BatchShape:
+def _from_limits(config: RunConfig, spec: Spec, llm_config: Mapping[str, Any] | None) -> BatchShape:
     """The longest batch that the settings allow; without dataset.max_length, all patches and a short text."""
     B = config.training.batch_size
     if not isinstance(spec, TimeSeriesSpec):
-        L = config.model.decoder.context_length  # type: ignore[union-attr]
+        L = config.model.context_length  # type: ignore[union-attr]
         return BatchShape(B, L, L, origin="data" if config.dataset.format in GENERATED else "limits")
     encoder, labels = spec.encoder, round_up(config.evaluation.max_new_tokens, 4)
     num_series = max(encoder.max_series, 1)
@@ -229,7 +229,7 @@ def _parameters(spec: Spec, frozen: Mapping[str, tuple[int, int]]) -> dict[str, 
 
 
 def _memory(
-    config: RunConfig, spec: Spec, lm: LMShape, batch: BatchShape, backend: str, frozen: Mapping[str, tuple[int, int]]
+    config: RunConfig, spec: Spec, lm: Shape, batch: BatchShape, backend: str, frozen: Mapping[str, tuple[int, int]]
 ) -> Memory:
     precision = config.training.precision
     width = 2 if precision == "bfloat16" else 4

@@ -17,11 +17,11 @@ from mlx_training.backend import replaced
 from mlx_training.config import RunConfig
 from mlx_training.data.batch import Batch
 from mlx_training.diagnostics import machine
-from mlx_training.diagnostics.flops import batch_shape, count_flops, lm_shape
+from mlx_training.diagnostics.flops import SHAPES, batch_shape, count_flops, lm_shape
 from mlx_training.diagnostics.subject import Subject, from_config
 from mlx_training.llm_source import read_llm_config
 from mlx_training.objectives import Sums
-from mlx_training.spec import DecoderSpec, TimeSeriesSpec
+from mlx_training.spec import TimeSeriesSpec
 
 PHASES = ("data", "encoder", "lm_forward", "head_loss", "backward", "optimizer", "host")
 ADVICE = {
@@ -242,7 +242,7 @@ def _rates(
     """Operations a second of the real steps, and what the framework's own product reaches on this machine."""
     runtime, spec = subject.backend.runtime, subject.spec
     peak = machine.measure(subject.backend.name, runtime.device, runtime.precision)
-    if not isinstance(spec, TimeSeriesSpec | DecoderSpec):
+    if type(spec) not in (TimeSeriesSpec, *SHAPES):
         return None, peak  # somebody's own model: its arithmetic is not known
     config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
     lm = lm_shape(spec, config)

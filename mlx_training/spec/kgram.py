@@ -29,11 +29,15 @@ class KgramSpec(Spec):
         return self.k * self.hidden_size if self.form == "onehot" else self.embed_size
 
     @property
+    def window_size(self) -> int:
+        """Width of the k tokens together, as they reach the first Linear."""
+        return {"onehot": self.token_size, "embedding": self.k * self.embed_size}.get(self.form, self.embed_size)
+
+    @property
     def layer_sizes(self) -> list[tuple[int, int]]:
         """(out, in) of the Linears after the window of k tokens; in form onehot the window is the first one."""
-        window = {"onehot": None, "embedding": self.k * self.embed_size, "convolution": self.embed_size}[self.form]
         inner = [(self.hidden_size, self.hidden_size)] * (self.num_layers - 1)
-        return inner if window is None else [(self.hidden_size, window), *inner]
+        return inner if self.form == "onehot" else [(self.hidden_size, self.window_size), *inner]
 
     def params(self) -> dict[str, Param]:
         """Tokens N(0, init_std), all else as PyTorch's Linear and Conv1d start; biases not decayed.

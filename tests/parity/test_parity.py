@@ -1,5 +1,6 @@
 """The two realisations are one model: names, shapes, losses, gradients, trajectories, and changing backends midway."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,18 @@ def test_trajectory(case: str, directory: Path, record_property) -> None:
     assert difference.max() <= 1e-5, f"{difference.max():.2e} at step {difference.argmax() + 1}"
 
 
-@pytest.mark.parametrize("case", ["timeseries-ours", "decoder-gqa-rope-scaling"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "timeseries-ours",
+        "decoder-gqa-rope-scaling",
+        "recurrent-lstm",
+        "recurrent-gru",
+        "kgram-onehot",
+        "kgram-embedding",
+        "kgram-convolution",
+    ],
+)
 @pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
 def test_changing_backends_midway(case: str, order: tuple[str, str], directory: Path) -> None:
     """20 steps on one backend, then 20 on the other, with the optimiser's state: within 1e-4 of 40 on either."""
@@ -153,8 +165,6 @@ def test_no_future_leak_and_series_are_read(backend_name: str, directory: Path) 
     first = batch.mask * (np.arange(batch.mask.shape[1]) == 0)
 
     def loss_of_first_answer_token(**changes) -> float:
-        from dataclasses import replace
-
         return backend.score(model, lm, replace(batch, mask=first.astype(np.float32), **changes))["loss"]
 
     before = loss_of_first_answer_token()
@@ -164,6 +174,19 @@ def test_no_future_leak_and_series_are_read(backend_name: str, directory: Path) 
     assert abs(loss_of_first_answer_token(series=-batch.series) - before) > 1e-4
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case not in TIMESERIES])
+def test_no_future_leak_by_gradient(case: str, backend_name: str, directory: Path) -> None:
+    """The loss of one place moves with the embeddings up to it (of the last k tokens, if they are all it may see)."""
+    spec, place = specs(directory)[case], 9
+    (batch,) = batches(spec, 1)
+    only = batch.mask * (np.arange(batch.mask.shape[1]) == place)
+    backend, model = realise(backend_name, spec)
+    gradient = backend.gradients(model, lm, replace(batch, mask=only.astype(np.float32)), wrt="inputs")["inputs"]
+    reached = np.abs(gradient).max(axis=(0, 2)) > 0
+    first = place - getattr(spec, "k", place + 1) + 1
+    assert np.flatnonzero(reached).tolist() == list(range(first, place + 1))
+
+
 def test_padding_patches_do_nothing(backend_name: str, directory: Path) -> None:
     spec = specs(directory)["timeseries-ours"]
     (batch,) = batches(spec, 1)
@@ -171,7 +194,5 @@ def test_padding_patches_do_nothing(backend_name: str, directory: Path) -> None:
     series = batch.series.copy()
     for values, patches in zip(series, batch.num_patches, strict=True):
         values[4 * patches :] = 100.0
-    from dataclasses import replace
-
     changed = backend.score(model, lm, replace(batch, series=series))["loss"]
     assert changed == pytest.approx(backend.score(model, lm, batch)["loss"], rel=1e-6)

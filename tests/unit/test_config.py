@@ -115,7 +115,10 @@ def test_contradictions_are_reported_beside_other_errors(minimal):
 
 def test_a_wrong_key_hides_no_contradiction_and_invents_none(minimal):
     found = lines(minimal, "model.family=timeserie", "training.max_steps=null")
-    assert any("model.family: given the text 'timeserie'; allowed: timeseries or decoder" in line for line in found)
+    assert any(
+        "model.family: given the text 'timeserie'; allowed: timeseries or decoder or recurrent or kgram" in line
+        for line in found
+    )
     assert any("training.max_steps: neither is given" in line for line in found)
     assert len(found) == 3
     assert "override: training.max_steps: given the text 'x'" in one_line(minimal, "training.max_steps=x")
@@ -256,6 +259,29 @@ def test_extends_that_cannot_be_followed(write):
     assert "c.yaml:1: extends: given ['a']" in one_line(write("extends: [a]\n"))
     with pytest.raises(ConfigError, match="did you mean timeseries/har"):
         load_config("timeseries/hra")
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "message"),
+    [
+        (
+            "recurrent",
+            "model.recurrent={embed_size: 64, tie_word_embeddings: true}",
+            "as wide as hidden_size, which is 128",
+        ),
+        ("recurrent", "model.recurrent.cell=rnn", "given the text 'rnn'; allowed: lstm, gru"),
+        ("recurrent", "model.recurrent.num_heads=2", "model.recurrent.num_heads: unknown key"),
+        ("recurrent", "model.preset=lstm-1000", "did you mean lstm-1024?"),
+        ("kgram", "model.kgram.k=1", "model.kgram.k: given 1; allowed: a whole number >= 2"),
+        ("kgram", "model.kgram.k=200", "a window has context_length 128 tokens only"),
+        ("kgram", "model.kgram={form: onehot, embed_size: 8}", "model.kgram.embed_size: form: onehot does not read it"),
+    ],
+)
+def test_families_without_attention(family, override, message, write):
+    path = write(f"{{model: {{family: {family}}}, dataset: {{format: corpus}}, training: {{max_steps: 9}}}}")
+    assert load_config(path).model.spec(300).num_parameters > 0
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(path, [override])
 
 
 @pytest.mark.parametrize("name", shipped_configs())

@@ -22,7 +22,7 @@ from mlx_training.diagnostics.plan import plan, show
 from mlx_training.errors import ConfigError, DataError
 from mlx_training.llm_source import read_llm_config
 from mlx_training.objectives.lm import lm
-from tests.e2e.tiny import decoder_config, rows, save_tiny_llama, timeseries_config
+from tests.e2e.tiny import decoder_config, language_config, rows, save_tiny_llama, timeseries_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LLAMA_1B = Path("/tmp/llama1b")  # `tools/make_llama.py llama-3.2-1b /tmp/llama1b`
@@ -187,16 +187,28 @@ def test_counts_are_those_of_the_built_model(tiny: Path, backend_name: str) -> N
     assert (parameters["trainable"], parameters["frozen"]) == (sizes[True], sizes[False])
 
 
-@pytest.mark.parametrize("kind", ["timeseries", "train_lm_head", "decoder"])
+# Overrides of the tiny configuration of a family.
+LANGUAGE = {
+    "decoder": (),
+    "decoder gelu": ("model.decoder.activation=gelu",),
+    "recurrent lstm": ("model.recurrent.embed_size=24",),
+    "recurrent gru": ("model.recurrent.cell=gru", "model.recurrent.tie_word_embeddings=true"),
+    "kgram onehot": ("model.kgram.form=onehot",),
+    "kgram embedding": ("model.kgram.embed_size=24",),
+    "kgram convolution": ("model.kgram.form=convolution",),
+}
+
+
+@pytest.mark.parametrize("kind", ["timeseries", "train_lm_head", *LANGUAGE])
 def test_flops_are_those_that_torch_counts(kind: str, tiny: Path) -> None:
     torch = pytest.importorskip("torch")
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     config: RunConfig
-    if kind == "decoder":
-        tiny.write_text(decoder_config(tiny.parent / "run"))
-        config = load_config(tiny)
+    if kind in LANGUAGE:
+        tiny.write_text(language_config(tiny.parent / "run", kind.split()[0]))
+        config = load_config(tiny, LANGUAGE[kind])
     else:
         config = load_config(tiny, [f"model.train_lm_head={'true' if kind == 'train_lm_head' else 'false'}"])
     from mlx_training.diagnostics.subject import from_config
@@ -205,15 +217,16 @@ def test_flops_are_those_that_torch_counts(kind: str, tiny: Path) -> None:
     batch = subject.batch(0)
     backend: Any = subject.backend
     # the counter does not know the CPU's fused attention kernel
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    plain_kernels = sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False)  # nor oneDNN's LSTM
+    with plain_kernels[0], plain_kernels[1], FlopCounterMode(display=False) as counter:
         sums = lm(subject.model, backend.to_device(batch))
         forward = counter.get_total_flops()
         torch.autograd.backward(sums["loss"])
     counted = Flops(forward, counter.get_total_flops() - forward)
     spec = subject.spec
-    is_decoder = kind == "decoder"
-    llm_config = None if is_decoder else read_llm_config(spec.llm.directory)  # type: ignore[attr-defined]
-    expected = count_flops(spec, lm_shape(spec, llm_config), batch_shape(batch, 1 if is_decoder else 4))
+    is_text = kind in LANGUAGE
+    llm_config = None if is_text else read_llm_config(spec.llm.directory)  # type: ignore[attr-defined]
+    expected = count_flops(spec, lm_shape(spec, llm_config), batch_shape(batch, 1 if is_text else 4))
     assert expected.forward == pytest.approx(counted.forward, rel=0.02), (expected, counted)
     assert expected.backward == pytest.approx(counted.backward, rel=0.02), (expected, counted)
 
@@ -252,6 +265,18 @@ def test_memory_of_a_batch_that_matters(backend_name: str) -> None:
 def test_memory_of_shipped_configurations(config: str, backend_name: str, shared_data: Path) -> None:
     path = SHIPPED[config]
     compare(config, backend_name, *([f"dataset.path={shared_data / path}"] if path else []))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", [kind for kind in LANGUAGE if not kind.startswith("decoder")])
+def test_memory_of_families_without_attention(kind: str, tmp_path: Path, backend_name: str) -> None:
+    family = kind.split()[0]
+    (tmp_path / "config.yaml").write_text(language_config(tmp_path / "run", family))
+    at = f"model.{family}"
+    wide = (f"{at}.hidden_size=256", f"{at}.num_layers=2", f"{at}.context_length=128", "model.tokenizer.train=2048")
+    overrides = [o for o in LANGUAGE[kind] if "embed_size" not in o]
+    more = ("training.batch_size=32", "dataset.num_samples_train=4000")
+    compare(str(tmp_path / "config.yaml"), backend_name, *overrides, *wide, *more)
 
 
 @pytest.mark.proof
