@@ -1,0 +1,93 @@
+"""Keys of the `model` section that contradict each other."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from mlx_training.config_decoder import DecoderConfig, DecoderShape
+from mlx_training.config_language import KgramConfig, KgramShape, RecurrentConfig, RecurrentShape
+from mlx_training.config_model import ModelConfig
+from mlx_training.config_timeseries import TimeSeriesConfig
+from mlx_training.spec import FixedPattern
+
+
+class Conflict(NamedTuple):
+    """Keys that contradict each other, and what to do about it. Errors cite the first key that was given."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def model_conflicts(model: ModelConfig) -> Iterator[Conflict]:
+    """Contradictions within the `model` section."""
+    if isinstance(model, TimeSeriesConfig):
+        encoder = model.encoder
+        keys = ("model.encoder.hidden_size", "model.encoder.num_heads")
+        yield from _divides(keys, encoder.hidden_size, encoder.num_heads)
+        if model.layout == "opentslm" and encoder.numeric_scale:
+            keys = ("model.encoder.numeric_scale", "model.layout")
+            yield Conflict(keys, "given true; the opentslm layout has no numeric scale, set false or layout: standard")
+    elif isinstance(model, DecoderConfig):
+        yield from _decoder_conflicts(model.decoder)
+    elif isinstance(model, RecurrentConfig):
+        yield from _recurrent_conflicts(model.recurrent)
+    elif isinstance(model, KgramConfig):
+        yield from _kgram_conflicts(model.kgram)
+
+
+def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
+    at = "model.decoder."
+    if shape.head_dim is not None and shape.intermediate_dim is not None:
+        message = "both say how wide the heads are; keep one of them (null removes a key)"
+        yield Conflict((f"{at}intermediate_dim", f"{at}head_dim"), message)
+    elif shape.head_dim is None:
+        whole = "hidden_size" if shape.intermediate_dim is None else "intermediate_dim"
+        yield from _divides((at + whole, f"{at}num_heads"), getattr(shape, whole), shape.num_heads)
+    yield from _divides((f"{at}num_heads", f"{at}num_kv_heads"), shape.num_heads, shape.num_kv_heads or 1)
+    head_dim = shape.head_dim or (shape.intermediate_dim or shape.hidden_size) // shape.num_heads
+    if head_dim % 2 and shape.positions == "rope":
+        keys = (f"{at}head_dim", f"{at}intermediate_dim", f"{at}hidden_size")
+        yield Conflict(keys, f"a head is {head_dim} wide; rotary positions need an even number")
+    readers = {"rope_theta": "rope", "rope_scaling": "rope", "position_init_std": "learned"}
+    yield from _unread(shape, readers, "positions", (shape.positions,))
+    yield from _unread(shape, {"window": "local", "stride": "strided", "fixed": "fixed"}, "mixers", shape.mixers)
+    if shape.positions == "alibi" and set(shape.mixers) != {"causal"}:
+        message = f"given {', '.join(shape.mixers)}; ALiBi goes with causal only: give [causal], or other positions"
+        yield Conflict((f"{at}mixers", f"{at}positions"), message)
+    if "fixed" in shape.mixers:
+        for key, message in FixedPattern(**shape.fixed.model_dump()).broken_rules(shape.num_heads):
+            yield Conflict((f"{at}fixed.{key}", f"{at}fixed", f"{at}mixers"), message)
+    if (experts := shape.experts) is not None:
+        if experts.num_active > experts.num_experts:
+            message = f"given {experts.num_active}; there are only {experts.num_experts} experts"
+            yield Conflict((f"{at}experts.num_active", f"{at}experts.num_experts"), message)
+        if shape.mlp_bias:
+            yield Conflict((f"{at}mlp_bias", f"{at}experts"), "given true; experts have no biases: give false")
+
+
+def _unread(shape: DecoderShape, readers: dict[str, str], by: str, given: Sequence[str]) -> Iterator[Conflict]:
+    """Keys that only another value of the key `by` would read."""
+    for key, reader in readers.items():
+        if reader not in given and getattr(shape, key) != DecoderShape.model_fields[key].default:
+            message = f"{by}: {', '.join(given)} does not read it; remove it, or give {by}: {reader}"
+            yield Conflict((f"model.decoder.{key}", f"model.decoder.{by}"), message)
+
+
+def _recurrent_conflicts(shape: RecurrentShape) -> Iterator[Conflict]:
+    if shape.tie_word_embeddings and shape.embed_size not in (None, shape.hidden_size):
+        keys = tuple(f"model.recurrent.{key}" for key in ("embed_size", "tie_word_embeddings", "hidden_size"))
+        message = f"given {shape.embed_size}; a head that is tied to the embeddings needs them as wide as hidden_size"
+        yield Conflict(keys, f"{message}, which is {shape.hidden_size}")
+
+
+def _kgram_conflicts(shape: KgramShape) -> Iterator[Conflict]:
+    if shape.form == "onehot" and shape.embed_size is not None:
+        keys = ("model.kgram.embed_size", "model.kgram.form")
+        yield Conflict(keys, "form: onehot does not read it; remove it or give form: embedding")
+    if shape.k > shape.context_length:
+        keys = ("model.kgram.k", "model.kgram.context_length")
+        yield Conflict(keys, f"given {shape.k}; a window has context_length {shape.context_length} tokens only")
+
+
+def _divides(keys: tuple[str, str], whole: int, part: int) -> Iterator[Conflict]:
+    if whole % part:
+        yield Conflict(keys, f"given {whole}; it must be a multiple of {keys[1].rpartition('.')[2]}, which is {part}")
