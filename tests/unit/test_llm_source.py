@@ -209,7 +209,7 @@ def test_a_configuration_that_is_no_object(model, content):
 def test_a_header_that_describes_no_arrays(model, header):
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(12)
     (model / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file|has a header that is not valid"):
         weight_files(model)
 
 

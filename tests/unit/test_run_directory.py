@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from mlx_training import checkpoint_files, resume
+from mlx_training import checkpoint_files, resume, run_directory
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.data.tokenizer import train_bpe
 from mlx_training.errors import CheckpointError, ConfigError
@@ -24,7 +24,6 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this 
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("file", lambda path: write_atomic(path, "text")),
         ("metrics.jsonl", lambda path: JsonLines(path, lazy=True).log({"step": 1})),
         ("tokenizer.json", lambda path: train_bpe(["text"], 300, path.parent)),
     ],
@@ -38,6 +37,16 @@ def test_the_file_that_a_full_disk_refused_is_named(
     with pytest.raises(OSError, match="No space left") as error:
         write(tmp_path / name)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / name))
+
+
+def test_the_small_file_that_a_full_disk_refused_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory, "sync", refuse)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_atomic(tmp_path / "file", "text")
+    assert error.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
 
 
 def test_the_arrays_that_a_full_disk_refused_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
