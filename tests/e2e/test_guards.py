@@ -110,7 +110,7 @@ def test_a_gradient_that_is_not_finite(tiny: Workbench, monkeypatch: pytest.Monk
 
 def test_a_decoder_has_windows(tiny: Workbench) -> None:
     tiny.use_decoder()
-    huge = "training.learning_rate=1e38", "training.max_steps=9", "evaluation.every_steps=9", "checkpoint.every_steps=9"
+    huge = "training.learning_rate=1e39", "training.max_steps=9", "evaluation.every_steps=9", "checkpoint.every_steps=9"
     code, _, err = tiny.main("train", tiny.config, *huge)
     assert code == 4 and "First not finite: the output of model." in err and "of the batch: " in err
 
