@@ -149,7 +149,7 @@ def load_text(config: RunConfig, model: LanguageConfig, run: Path | None) -> Tex
 def vocabulary_size(model: LanguageConfig, tokenizer: Tokenizer) -> int:
     """Ids that the model embeds: `model.vocab_size`, else the tokenizer's. DataError when that is too few."""
     size = model.vocab_size or tokenizer.vocab_size
-    check_vocabulary(tokenizer.vocab_size, size, "model.vocab_size", f"set it to {tokenizer.vocab_size} or to null")
+    check_vocabulary(tokenizer.vocab_size, size, "model.vocab_size", f"Set it to {tokenizer.vocab_size} or to null")
     return size
 
 

@@ -189,10 +189,10 @@ def _special_id(name: str, configs: dict[str, dict[str, Any]], model: TokenizerM
 def check_vocabulary(tokenizer_size: int, model_size: int, where: str, advice: str | None = None) -> None:
     """DataError when the tokenizer can emit ids the model has no embedding for. A larger model is fine."""
     if tokenizer_size > model_size:
-        advice = advice or "use the tokenizer the model was trained with, or resize the model's embedding"
+        advice = advice or "Use the tokenizer the model was trained with, or resize the model's embedding"
         raise DataError(
             f"{where}: the tokenizer has {tokenizer_size} ids but the model embeds {model_size}: ids "
-            f"{model_size}..{tokenizer_size - 1} have no embedding; {advice}"
+            f"{model_size}..{tokenizer_size - 1} have no embedding. {advice}"
         )
 
 
