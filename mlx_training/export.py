@@ -43,9 +43,9 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         family = read_run_config(run).model.family
         if family != FORMATS[form]:
             others = [name for name, holds in FORMATS.items() if holds == family]
+            advice = f"Give --format {' or '.join(others)}" if others else f"No format holds family {family}"
             raise ConfigError(
-                f"{run} is a run of family {family}; --format {form} holds family {FORMATS[form]} only. "
-                f"Give --format {' or '.join(others)}"
+                f"{run} is a run of family {family}; --format {form} holds family {FORMATS[form]} only. {advice}"
             )
     write: dict[str, Callable[[Path], str]] = {
         "hf": lambda folder: export_huggingface(run, folder),

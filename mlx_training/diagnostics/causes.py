@@ -104,6 +104,9 @@ CAUSES: dict[str, Cause] = {
     "random_in_evaluation": Cause(
         "evaluation is random", "switch dropout off in evaluation (model.eval()), and use no global generator"
     ),
+    "batch_remembered": Cause(
+        "a batch's result depends on the batch before it", "start every batch from fresh states; keep none in the model"
+    ),
     "future_visible": Cause("labels can see tokens after them", "use a causal mask: key <= query"),
     "past_hidden": Cause("labels cannot see the tokens before them", "use a causal mask: key <= query, not <"),
     "rows_mixed": Cause(

@@ -91,13 +91,17 @@ def objective(exam: Exam) -> Finding:
 
 
 def evaluation(exam: Exam) -> Finding:
-    """Twice the same batch, twice the same loss."""
+    """Twice the same batch, twice the same loss; and once more after another batch."""
     first, second = (exam.loss(exam.batches[0]) for _ in range(2))
     figure = f"loss {first:.6f}, again {second:.6f}"
     if first != second and np.isfinite([first, second]).all():
         if not any(map(np.any, exam.gradients.values())):
             return failed("evaluation", f"{figure}; no gradient anywhere", "no_influence", list(exam.gradients))
         return failed("evaluation", figure, "random_in_evaluation")
+    exam.loss(exam.batches[1])
+    third = exam.loss(exam.batches[0])
+    if first != third and np.isfinite([first, third]).all():
+        return failed("evaluation", f"loss {first:.6f}, after another batch {third:.6f}", "batch_remembered")
     return passed("evaluation", figure)
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B rows, L tokens, T new tokens, E embedding, H hidden, G gates t
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +32,7 @@ def _scan(
     return tuple(mx.stack(parts, axis=1) for parts in zip(*after, strict=True))
 
 
+@cache
 def _differentiable(cell: Cell) -> Callable[..., States]:
     """`_scan` without padding, whose gradient of the weights is one product over all places instead of one a place.
 
@@ -72,7 +74,6 @@ class _Layers(nn.Module):
         super().__init__()
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.between = nn.Dropout(dropout)
-        self._scan = _differentiable(type(self).cell)
         rows = self.num_gates * hidden_size
         for i in range(num_layers):
             self[f"weight_ih_l{i}"] = mx.zeros((rows, hidden_size if i else input_size))
@@ -91,7 +92,7 @@ class _Layers(nn.Module):
             gates_BLG = x_BLE @ self[f"weight_ih_l{i}"].T + self[f"bias_ih_l{i}"]  # of all places at once
             weight_GH, bias_G, start = self[f"weight_hh_l{i}"], self[f"bias_hh_l{i}"], tuple(s[i] for s in states)
             if padding_B is None:
-                after = self._scan(gates_BLG, weight_GH, bias_G, *start)
+                after = _differentiable(type(self).cell)(gates_BLG, weight_GH, bias_G, *start)
             else:
                 after = _scan(type(self).cell, gates_BLG, weight_GH, bias_G, start, padding_B)
             x_BLE = after[0]

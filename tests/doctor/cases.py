@@ -20,24 +20,32 @@ from mlx_training.data.collate import collate
 from mlx_training.data.rows import Row, write_rows
 from mlx_training.diagnostics.subject import from_config
 from mlx_training.trainer import train
-from tests.e2e.tiny import decoder_config, save_tiny_llama
+from tests.e2e.tiny import decoder_config, language_config, save_tiny_llama
 
 ANSWERS = ("up", "going down", "neither way")  # of different numbers of tokens
 NUM_ROWS = 112
 TRAINED_STEPS = 60
+LANGUAGE_OVERRIDES = {
+    "recurrent": ["training.max_steps=200", "model.recurrent.dropout=0.1"],
+    "kgram": ["training.max_steps=200", "model.kgram.form=convolution"],
+}
 
 
 def healthy(case: str, backend: str, folder: Path) -> Any:
     """A healthy subject on a backend, its files in `folder`; for "run" the directory of a finished run.
 
     "timeseries": encoder and projector in front of a frozen 4-bit Llama, at initial values. "trained": the same after
-    a few steps, which reads its series. "decoder": a small Llama from scratch.
+    a few steps, which reads its series. "decoder": a small Llama from scratch; "recurrent" and "kgram": a small LSTM
+    and a small convolution over three tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if backend == "mlx":  # a compiled function that raised leaves its traces in the global random state
         importlib.import_module("mlx.core").random.seed(0)
     if case == "decoder":
         return from_config(load_config(_write_decoder(folder)), backend)
+    if case in ("recurrent", "kgram"):
+        (folder / "config.yaml").write_text(language_config(folder / "run", case))
+        return from_config(load_config(folder / "config.yaml", LANGUAGE_OVERRIDES[case]), backend)
     if case == "run":
         run = folder / "run"
         shutil.copytree(_finished_run(backend), run)

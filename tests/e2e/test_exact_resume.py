@@ -21,14 +21,17 @@ RUN = (
     *(f"training.max_steps={STEPS}", "training.grad_accumulation_steps=2", "training.batch_size=3"),
     *("evaluation.every_steps=9", "checkpoint.every_steps=3", "checkpoint.keep=2"),
 )
-DROPOUT = ("model.encoder.dropout=0.1", "model.projector.dropout=0.1")
+DROPOUT = {
+    "timeseries": ("model.encoder.dropout=0.1", "model.projector.dropout=0.1"),
+    "recurrent": ("model.recurrent.dropout=0.1",),
+}
 
 
-@pytest.mark.parametrize("family", ["timeseries", "decoder"])
+@pytest.mark.parametrize("family", ["timeseries", "decoder", "recurrent"])
 def test_interrupted_at_random_moments(tiny: Workbench, family: str) -> None:
-    if family == "decoder":
-        tiny.use_decoder()
-    overrides = RUN + (DROPOUT if family == "timeseries" else ())
+    if family != "timeseries":
+        tiny.use_language(family)
+    overrides = RUN + DROPOUT.get(family, ())
     tiny.train(*overrides, "output_dir=whole")
     seed = random.SystemRandom().randrange(10**6)
     moments = random.Random(seed)

@@ -155,6 +155,18 @@ def test_a_decoder_on_text(tiny: Workbench) -> None:
     assert not (tiny.folder / "from_file/tokenizer").exists()
 
 
+@pytest.mark.parametrize("family", ["recurrent", "kgram"])
+def test_families_without_attention(tiny: Workbench, family: str) -> None:
+    tiny.use_language(family)
+    result = tiny.train("training.max_steps=8")
+    assert result["loss"] < metrics(tiny.run)[0]["loss"]
+    assert tiny.json("evaluate", tiny.run) == result["eval"]
+    assert tiny.json("validate", tiny.config)["family"] == tiny.json("plan", tiny.config)["family"] == family
+    assert tiny.main("checkpoint", "verify", tiny.run)[0] == 0
+    message = tiny.refused(2, "checkpoint", "export", tiny.run, "--format", "hf", "--to", tiny.folder / "hf")
+    assert f"family {family}; --format hf holds family decoder only. No format holds family {family}" in message
+
+
 def test_a_decoder_is_resumed_with_its_own_tokenizer(tiny: Workbench) -> None:
     tiny.use_decoder()
     tiny.train("output_dir=whole", "training.max_steps=4")
