@@ -49,14 +49,28 @@ def test_alibi_slopes() -> None:
     assert six.tolist() == pytest.approx([0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125])
 
 
+VOCAB_SIZE = 512
+
+
+def first_loss(spec: Any) -> float:
+    """Mean nats of the fresh model on random tokens, in PyTorch."""
+    pytest.importorskip("torch")
+    backend, model = realise("torch", spec)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (4, 33)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 32), np.float32), np.full(4, 32, np.int32))
+    return backend.score(model, lm, batch)["loss"] / 128
+
+
 @pytest.mark.parametrize("case", PRESET_CASES)
 def test_first_loss_is_that_of_a_guess(case: str) -> None:
     """Within 3 % of ln V, at the preset's widths; two layers and a small vocabulary, to be quick."""
-    pytest.importorskip("torch")
-    vocab_size = 512
-    spec: Any = preset_spec(*PRESET_CASES[case], vocab_size)
+    spec: Any = preset_spec(*PRESET_CASES[case], VOCAB_SIZE)
     spec = replace(spec, num_layers=min(spec.num_layers, 2))
-    backend, model = realise("torch", spec)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (4, 33)).astype(np.int32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 32), np.float32), np.full(4, 32, np.int32))
-    assert backend.score(model, lm, batch)["loss"] / 128 == pytest.approx(np.log(vocab_size), rel=0.03)
+    assert first_loss(spec) == pytest.approx(np.log(VOCAB_SIZE), rel=0.03)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_first_loss_of_a_recurrent_model_with_a_tied_head(cell: str) -> None:
+    shape = {"cell": cell, "hidden_size": 1024, "tie_word_embeddings": True}
+    config = RecurrentConfig.model_validate({"family": "recurrent", "recurrent": shape})
+    assert first_loss(config.spec(VOCAB_SIZE)) == pytest.approx(np.log(VOCAB_SIZE), rel=0.03)
