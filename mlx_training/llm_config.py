@@ -97,14 +97,14 @@ def _check_values(config: dict[str, Any], source: str) -> None:
     """ConfigError for a value of the wrong kind, as a damaged or hand-made file has."""
 
     def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
     def is_id(value: Any) -> bool:
         return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
     kinds = (
-        (SIZES, is_size, "a positive whole number"),
-        (NUMBERS, lambda value: is_size(value) or (isinstance(value, float) and value > 0), "a positive number"),
+        (SIZES, is_size, "a positive whole number below 2^31"),
+        (NUMBERS, _is_positive, "a positive number"),
         (SWITCHES, lambda value: isinstance(value, bool), "true or false"),
         (MAPPINGS, lambda value: isinstance(value, dict), "a mapping"),
         (("layer_types",), lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v), "a list of texts"),
@@ -131,7 +131,7 @@ def _check_values(config: dict[str, Any], source: str) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
 
 
 def _normalize_rope(config: dict[str, Any], source: str) -> None:
@@ -197,3 +197,6 @@ def _check_quantization(config: dict[str, Any], source: str) -> None:
     blocks = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]
     if modes := [mode for block in blocks if (mode := block.get("mode", "affine")) != "affine"]:
         raise ConfigError(f"{source}: quantisation mode {', '.join(map(repr, modes))}; only 'affine' is supported")
+    for block in blocks:
+        if missing := [key for key in ("group_size", "bits") if type(block.get(key)) is not int]:
+            raise ConfigError(f"{source}: a quantization block lacks {' and '.join(missing)}; expected whole numbers")

@@ -29,7 +29,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             for member in archive.infolist():
                 _check_size(archive, member)
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: _plain(arrays[name], name) for name in arrays.files}
     except UNREADABLE as error:
         raise DataError(f"{path}: not a readable npz archive of plain arrays ({str(error)[:200]})") from error
 
@@ -42,6 +42,17 @@ def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
         announced = _announced_bytes(file)
     if announced > member.file_size:
         raise ValueError(f"{member.filename} announces {announced} bytes and holds {member.file_size}")
+
+
+def _plain(array: np.ndarray, name: str) -> np.ndarray:
+    """The array, unless it is structured or its texts are no Unicode: NumPy does not look, and libraries die of it."""
+    if array.dtype.kind == "V":
+        raise ValueError(f"{name} is a structured array")
+    if array.dtype.kind == "U":
+        codes = array.astype(array.dtype.newbyteorder("=")).reshape(-1).view(np.uint32)
+        if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
+            raise ValueError(f"{name} holds texts that are no Unicode")
+    return array
 
 
 def _announced_bytes(file: IO[bytes]) -> int:

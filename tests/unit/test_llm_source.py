@@ -224,6 +224,11 @@ def test_a_header_that_describes_no_arrays(model, header):
         {"rope_parameters": {"sliding_attention": {"rope_type": "default"}}},
         {"layer_types": [["full_attention"]]},
         {"layer_types": 3},
+        {"quantization": {"bits": 4}},
+        {"quantization": {"bits": 4, "group_size": "64"}},
+        {"quantization": {"bits": 4, "group_size": 64, "model.layers.0": {"bits": 8}}},
+        {"head_dim": 2**32},
+        {"rope_theta": 1e400},
     ],
 )
 def test_values_of_another_kind(change):

@@ -83,7 +83,10 @@ def test_a_bare_array_is_no_archive(tmp_path: Path) -> None:
         ({"X": np.zeros((4, 0, 3))}, "X must be numbers of shape"),
         ({"X": np.zeros((0, 5))}, "X must be numbers of shape"),
         ({"labels": np.array("one")}, "expected a list of names"),
-        ({"labels": np.array(["a", "\ud800"])}, "half a character"),
+        ({"labels": np.array(["a", "\ud800"])}, "labels holds texts that are no Unicode"),
+        ({"labels": np.array([0x61, 0x110000], np.uint32).view("U1")}, "labels holds texts that are no Unicode"),
+        ({"labels": np.array([0x61, 0x110000], ">u4").view(">U1")}, "labels holds texts that are no Unicode"),
+        ({"y": np.zeros(4, [("a", "i4")])}, "y is a structured array"),
     ],
 )
 def test_arrays_that_are_no_windows(tmp_path: Path, change: dict[str, np.ndarray], message: str) -> None:
