@@ -23,7 +23,7 @@ from tools.trials.report import REPOSITORY, Report
 
 CHUNK = 1000  # cases a process
 PATIENCE = 45  # seconds without a word, after which a process is killed
-START = 120  # seconds that it may take to begin
+START = 400  # seconds that it may take to begin: MLX compiles its kernels
 Result = dict[str, Any]
 
 
@@ -66,7 +66,20 @@ def _run_chunk(folder: Path, seed: int, cases: int, backend: str, report: Report
 def _records(folder: Path, seed: int, cases: int, first: int, backend: str) -> Iterator[Result]:
     """The results of one process, the last of them that it died, where it did."""
     folder.mkdir(parents=True)
-    words = [folder / "place", "--seed", seed, "--cases", cases, "--first", first, "--backend", backend]
+    scratch = folder.parents[1] / "scratch"  # shared, so that MLX compiles its kernels once
+    words = [
+        folder / "place",
+        "--scratch",
+        scratch,
+        "--seed",
+        seed,
+        "--cases",
+        cases,
+        "--first",
+        first,
+        "--backend",
+        backend,
+    ]
     command = [sys.executable, "-m", "tools.trials.fuzz_worker", *map(str, words)]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),

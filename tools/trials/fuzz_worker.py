@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ class Worker:
         self.number = -1
         self.guard = Guard()
         cache = machine._cache_file()  # where `plan` keeps the speed of this machine
-        self.guard.allowed = [str(self.case / "run"), str(folder / "scratch"), *([str(cache.parent)] if cache else [])]
+        self.guard.allowed = [str(self.case / "run"), tempfile.gettempdir(), *([str(cache.parent)] if cache else [])]
         sys.addaudithook(self.guard)
 
     def __call__(self, case: Case) -> None:
@@ -223,13 +224,14 @@ def main() -> None:
     for name in ("seed", "cases", "first"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--backend", required=True)
+    parser.add_argument("--scratch", type=Path, help="for temporary files")
     args = parser.parse_args()
     sys.modules["wandb"] = None  # type: ignore[assignment]  # it would start a service and write elsewhere
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     folder = args.folder.resolve()
-    (folder / "scratch").mkdir(parents=True)
-    os.environ["TMPDIR"] = str(folder / "scratch")
-    (folder / "case").mkdir()
+    os.environ["TMPDIR"] = str((args.scratch or folder / "scratch").resolve())
+    Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+    (folder / "case").mkdir(parents=True)
     os.chdir(folder / "case")
     prepare(folder / "material", args.backend)
     with Path("/proc/self/statm").open() as file:
