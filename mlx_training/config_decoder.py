@@ -117,9 +117,10 @@ class DecoderConfig(LanguageConfig):
 
     family: Literal["decoder"]
     """decoder: a GPT- or Llama-shaped LM from scratch."""
-    preset: Literal["mainrun", "modern-llm-253m", "lm-max-12gb", "mingpt", "gpt2-small-8", "gpt-oss-small"] | None = (
-        None
-    )
+    preset: (
+        Literal["mainrun", "modern-llm-253m", "lm-max-12gb", "mingpt", "gpt2-small-8", "gpt-oss-small", "llama3-lite"]
+        | None
+    ) = None
     """Sizes by name (docs/language_models.md); keys given beside it win."""
     decoder: DecoderShape = DecoderShape()
 

@@ -39,6 +39,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "lm-max-12gb": _decoder(768, 12, 12, context_length=1024, mlp_bias=True),
         "mingpt": _decoder(384, 6, 6, context_length=256, dropout=0.1, tie_word_embeddings=False, **GPT),
         "gpt2-small-8": _decoder(768, 12, 8, context_length=512, **GPT),
+        "llama3-lite": _decoder(
+            *(1024, 16, 8),
+            num_kv_heads=2,
+            intermediate_size=8192,
+            context_length=512,
+            tie_word_embeddings=False,
+            mixers=["local"],
+            window=256,
+        ),
         "gpt-oss-small": _decoder(512, 8, 8, context_length=512, dropout=0.05, tie_word_embeddings=False),
     },
     "recurrent": {

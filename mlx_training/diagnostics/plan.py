@@ -148,12 +148,14 @@ def data_at_hand(config: RunConfig) -> bool:
 
 def _vocabulary(model: LanguageConfig) -> int:
     wanted = model.tokenizer
+    if model.vocab_size is not None:  # then no tokenizer need be at hand
+        return model.vocab_size
     if isinstance(wanted, str):
         return vocabulary_size(model, Tokenizer.load(wanted))
     if wanted.load is not None:
         return vocabulary_size(model, Tokenizer.load(wanted.load, wanted.special_tokens, wanted.pattern))
     assert wanted.train is not None, "the configuration checks this"
-    return model.vocab_size or wanted.train + len(expand(wanted.special_tokens))
+    return wanted.train + len(expand(wanted.special_tokens))
 
 
 def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | None]:

@@ -20,6 +20,7 @@ PAGES = [
         "doctor",
         "generation",
         "grad_norm_is_zero",
+        "language_models",
         "opentslm",
         "optimizers",
         "parity",
