@@ -21,9 +21,18 @@ MIXERS: tuple[Mixer, ...] = ("causal", "local", "strided", "fixed")
 def layer_of(mixer: Mixer, width: int) -> DecoderLayer:
     """A layer with random weights."""
     pattern = FixedPattern(block_size=16, local_context=256, num_verts=8, vert_size=1)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "head_dim": width // 8}
     spec = DecoderSpec(
-        8, num_heads=8, num_kv_heads=8, positions="none", mixers=(mixer,), window=256, stride=16, fixed=pattern, **sizes
+        vocab_size=8,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=width // 8,
+        positions="none",
+        mixers=(mixer,),
+        window=256,
+        stride=16,
+        fixed=pattern,
     )
     torch.manual_seed(0)
     layer = DecoderLayer(spec, 0)
@@ -53,10 +62,10 @@ def main() -> None:
             passed = seconds(layer, x_BLH)
             times[mixer] += [passed] if run else []
     dense = statistics.median(times["causal"])
-    for mixer, found in times.items():
+    for name, found in times.items():
         middle = statistics.median(found)
         spread = f"{min(found):.3f} to {max(found):.3f}"
-        print(f"{mixer:8} {middle:.3f} s ({spread}), {dense / middle:.2f} times as fast as causal")
+        print(f"{name:8} {middle:.3f} s ({spread}), {dense / middle:.2f} times as fast as causal")
 
 
 if __name__ == "__main__":
