@@ -203,7 +203,9 @@ def place(error: BaseException) -> str:
         for f in traceback.extract_tb(error.__traceback__)
         if "mlx_training/" in f.filename or "torch_backend/" in f.filename
     ]
-    return "".join(f" < {Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-4:]))
+    return "".join(
+        f" < {Path(f.filename).parent.name}/{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-4:])
+    )
 
 
 def text_of(stream: io.TextIOWrapper) -> str:
@@ -251,8 +253,12 @@ def main() -> None:
     def test(case: Case) -> None:
         worker(case)
 
-    # Of its own accord hypothesis makes five near copies of every case.
-    with mock.patch("hypothesis.internal.conjecture.engine.ConjectureRunner.generate_mutations_from"):
+    # hypothesis of its own accord makes five near copies of every case, and takes values from imported sources.
+    engine, provider = (f"hypothesis.internal.conjecture.{name}" for name in ("engine", "providers"))
+    with (
+        mock.patch(f"{engine}.ConjectureRunner.generate_mutations_from"),
+        mock.patch(f"{provider}.HypothesisProvider._maybe_draw_constant", return_value=None),
+    ):
         test()
 
 
