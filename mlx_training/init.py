@@ -19,9 +19,16 @@ def initialise(spec: Spec, seed: int) -> dict[str, np.ndarray]:
 def _draw(param: Param, seed: int, name: str) -> np.ndarray:
     if param.init in ("zeros", "ones"):
         return np.full(param.shape, param.init == "ones", dtype=np.float32)
+    if param.init in ("counts", "log_counts"):
+        counts = np.arange(param.shape[-1])
+        row = param.scale * counts if param.init == "counts" else np.log1p(counts)
+        return np.broadcast_to(row, param.shape).astype(np.float32)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     if param.init == "normal":
         return (param.scale * rng.standard_normal(param.shape)).astype(np.float32)
+    if param.init == "time_steps":  # Mamba's: the inverse of softplus, log(exp(t) - 1)
+        steps = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), param.shape))
+        return (steps + np.log(-np.expm1(-steps))).astype(np.float32)
     assert param.init == "uniform", f"no rule for init {param.init!r} of {name}"
     return rng.uniform(-param.scale, param.scale, param.shape).astype(np.float32)

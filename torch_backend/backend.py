@@ -16,13 +16,14 @@ from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
-from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 from torch_backend.decoder import Decoder
 from torch_backend.kgram import Kgram
 from torch_backend.layers import LanguageModel
 from torch_backend.pretrained import frozen_hash, load_pretrained
 from torch_backend.recurrent import Recurrent
 from torch_backend.session import Session
+from torch_backend.ssm import SSM
 from torch_backend.step import Step
 from torch_backend.timeseries import TimeSeriesLM
 
@@ -30,6 +31,7 @@ FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {  # models trained f
     DecoderSpec: Decoder,
     RecurrentSpec: Recurrent,
     KgramSpec: Kgram,
+    SSMSpec: SSM,
 }
 
 

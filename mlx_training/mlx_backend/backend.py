@@ -21,15 +21,17 @@ from mlx_training.mlx_backend.layers import LanguageModel
 from mlx_training.mlx_backend.pretrained import frozen_hash, load_pretrained
 from mlx_training.mlx_backend.recurrent import Recurrent
 from mlx_training.mlx_backend.session import Session
+from mlx_training.mlx_backend.ssm import SSM
 from mlx_training.mlx_backend.step import Step
 from mlx_training.mlx_backend.timeseries import TimeSeriesLM
 from mlx_training.objectives import Objective
-from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 
 FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {  # models trained from scratch
     DecoderSpec: Decoder,
     RecurrentSpec: Recurrent,
     KgramSpec: Kgram,
+    SSMSpec: SSM,
 }
 
 

@@ -5,6 +5,7 @@ from mlx_training.spec.kgram import KgramSpec
 from mlx_training.spec.mixers import FixedPattern
 from mlx_training.spec.param import Param, Spec
 from mlx_training.spec.recurrent import RecurrentSpec
+from mlx_training.spec.ssm import SSMSpec
 from mlx_training.spec.timeseries import EncoderSpec, FrozenLM, ProjectorSpec, TimeSeriesSpec
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ProjectorSpec",
     "RecurrentSpec",
     "RopeScaling",
+    "SSMSpec",
     "Spec",
     "TimeSeriesSpec",
 ]

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Init = Literal["normal", "uniform", "zeros", "ones", "pretrained"]
+Init = Literal["normal", "uniform", "zeros", "ones", "counts", "log_counts", "time_steps", "pretrained"]
 
 
 class Param(NamedTuple):
@@ -20,8 +20,10 @@ class Param(NamedTuple):
 
     `hidden` marks a weight between hidden layers, a matrix or a stack of them (experts, out, in): what Muon
     orthogonalises. Embeddings, positions, heads and layers that read raw input are not.
-    `scale` is the standard deviation of "normal" and the half-width of "uniform". "pretrained" is filled by the
-    backend from the frozen model. Layouts are PyTorch's (Linear: out x in, Conv1d: out x in x kernel).
+    `scale` is the standard deviation of "normal", the half-width of "uniform", and the step of "counts" (0, 1, 2, ...
+    along the last axis); "log_counts" is log 1, log 2, ...; softplus of "time_steps" is log-uniform within [1e-3, 0.1].
+    "pretrained" is filled by the backend from the frozen model. Layouts are PyTorch's (Linear: out x in, Conv1d: out x
+    in x kernel).
     """
 
     shape: tuple[int, ...]

@@ -23,6 +23,7 @@ from mlx_training.spec import (
     RecurrentSpec,
     RopeScaling,
     Spec,
+    SSMSpec,
     TimeSeriesSpec,
 )
 
@@ -75,6 +76,29 @@ def specs(directory: Path) -> dict[str, Spec]:
         "kgram-onehot": KgramSpec(VOCAB, "onehot", k=3, hidden_size=16, num_layers=2),
         "kgram-embedding": KgramSpec(VOCAB, "embedding", k=2, embed_size=12, hidden_size=16, num_layers=1),
         "kgram-convolution": KgramSpec(VOCAB, "convolution", k=4, embed_size=12, hidden_size=16, num_layers=2),
+        "ssm-mamba": SSMSpec(VOCAB, hidden_size=32, num_layers=1, state_size=4, dt_rank=3),
+        "ssm-mamba2": SSMSpec(
+            VOCAB,
+            hidden_size=32,
+            num_layers=1,
+            mixers=("mamba2",),
+            state_size=4,
+            head_dim=16,
+            num_groups=2,
+            chunk_size=8,
+            tie_word_embeddings=False,
+        ),
+        "ssm-s4d": SSMSpec(VOCAB, hidden_size=32, num_layers=1, mixers=("s4d",), state_size=8, norm="layernorm"),
+        "ssm-stu-local": SSMSpec(
+            VOCAB,
+            hidden_size=32,
+            num_layers=2,
+            mixers=("stu", "local"),
+            num_filters=6,
+            window=5,
+            context_length=12,
+            intermediate_size=40,
+        ),
     }
 
 
@@ -94,6 +118,10 @@ CASES = (
     "kgram-onehot",
     "kgram-embedding",
     "kgram-convolution",
+    "ssm-mamba",
+    "ssm-mamba2",
+    "ssm-s4d",
+    "ssm-stu-local",
 )
 
 

@@ -15,6 +15,7 @@ from tests.parity.cases import CASES, VOCAB, batches, realise, specs
 
 LANGUAGE_MODELS = [case for case in CASES if not case.startswith("timeseries")]
 PACKABLE = [case for case in LANGUAGE_MODELS if case.startswith("decoder") and "fixed" not in case]
+BY_FOURIER = ("ssm-s4d", "ssm-stu-local")  # a fast Fourier transform spreads its rounding over all places
 BACKENDS = list(installed_backends())
 
 
@@ -28,7 +29,8 @@ def test_no_gradient_from_the_future(backend: str, case: str, directory: Path) -
     chosen, model = realise(backend, spec)
     gradient = chosen.gradients(model, lm, replace(batch, mask=one_place), wrt="inputs")["inputs"]
     norms_L = np.linalg.norm(gradient, axis=(0, 2))
-    assert norms_L[9] > 0 and (norms_L[10:] == 0).all()
+    rounding = 1e-6 * norms_L[9] if case in BY_FOURIER else 0
+    assert norms_L[9] > 0 and norms_L[10:].max() <= rounding
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
