@@ -6,9 +6,10 @@ from pydantic import Discriminator, Tag
 
 from mlx_training.config_decoder import DecoderConfig
 from mlx_training.config_language import KgramConfig, LanguageConfig, RecurrentConfig
+from mlx_training.config_ssm import SSMConfig
 from mlx_training.config_timeseries import TimeSeriesConfig
 
-FAMILIES = ("timeseries", "decoder", "recurrent", "kgram")
+FAMILIES = ("timeseries", "decoder", "recurrent", "kgram", "ssm")
 
 
 def _family(value: Any) -> str | None:
@@ -20,7 +21,8 @@ ModelConfig = Annotated[
     Annotated[TimeSeriesConfig, Tag("<timeseries>")]
     | Annotated[DecoderConfig, Tag("<decoder>")]
     | Annotated[RecurrentConfig, Tag("<recurrent>")]
-    | Annotated[KgramConfig, Tag("<kgram>")],
+    | Annotated[KgramConfig, Tag("<kgram>")]
+    | Annotated[SSMConfig, Tag("<ssm>")],
     Discriminator(_family, custom_error_type="family", custom_error_message="unknown family"),
 ]
 
@@ -31,5 +33,6 @@ __all__ = [
     "LanguageConfig",
     "ModelConfig",
     "RecurrentConfig",
+    "SSMConfig",
     "TimeSeriesConfig",
 ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from mlx_training.config_decoder import DecoderConfig, DecoderShape
 from mlx_training.config_language import KgramConfig, KgramShape, RecurrentConfig, RecurrentShape
 from mlx_training.config_model import ModelConfig
+from mlx_training.config_ssm import SSMConfig
 from mlx_training.config_timeseries import TimeSeriesConfig
 from mlx_training.spec import FixedPattern
 
@@ -32,6 +33,9 @@ def model_conflicts(model: ModelConfig) -> Iterator[Conflict]:
         yield from _recurrent_conflicts(model.recurrent)
     elif isinstance(model, KgramConfig):
         yield from _kgram_conflicts(model.kgram)
+    elif isinstance(model, SSMConfig):
+        for key, message in model.ssm.broken_rules():
+            yield Conflict((f"model.ssm.{key}", "model.ssm.mixers", "model.preset"), message)
 
 
 def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:

@@ -58,4 +58,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "kgram-embedding": {"kgram": {"form": "embedding", "k": 3, "hidden_size": 1024, "context_length": 256}},
         "kgram-conv": {"kgram": {"form": "convolution", "k": 3, "hidden_size": 1024, "context_length": 256}},
     },
+    "ssm": {
+        # 129,135,360 parameters with the published vocabulary of 50,280
+        "mamba-130m": {"ssm": {"hidden_size": 768, "num_layers": 24, "context_length": 2048}},
+        # Flash STU's layout: spectral filters and sliding-window attention take turns, a SwiGLU after each
+        "stu-small": {
+            "ssm": {
+                "hidden_size": 512,
+                "num_layers": 12,
+                "mixers": ["stu", "local"],
+                "num_heads": 8,
+                "window": 256,
+                "intermediate_size": 2048,
+                "context_length": 1024,
+            }
+        },
+    },
 }

@@ -38,6 +38,10 @@ BASES: dict[str, tuple[str, ...]] = {
     "experts": ("model.decoder.experts={num_experts: 4}",),
     "samples": ("evaluation.samples={prompts: [The series], every_steps: 2, max_new_tokens: 12, temperature: 1}",),
     "learned": ("model.decoder.positions=learned",),
+    "ssm": (),
+    "ssm preset": (
+        "model.ssm={num_layers: 1, mixers: [mamba], num_filters: 24, num_heads: 4, window: 256, head_dim: 64}",
+    ),
     "text": ("dataset={path: text.jsonl, format: text}", *NO_LIMITS),
     "text file": ("dataset={path: text.txt, format: text}", *NO_LIMITS),
     "sources": (
@@ -56,7 +60,10 @@ DECODERS = (
     *("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "experts"),
     *("text", "text file", "sources", "sentinels", "fim"),
 )
-FILES = {"recurrent": "recurrent.yaml", "kgram": "kgram.yaml"}  # of the other families
+FILES = {  # of the other families
+    "recurrent": "recurrent.yaml", "kgram": "kgram.yaml",
+    "ssm": "ssm.yaml", "ssm preset": "ssm.yaml",
+}
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -143,6 +150,27 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.kgram.context_length", "kgram", "model.kgram.context_length=24", "data"),
     ("model.kgram.init_std", "kgram", "model.kgram.init_std=0.1", "losses"),
     ("model.preset", "kgram", "model.preset=kgram-onehot", "shapes"),
+    ("model.preset", "ssm preset", "model.preset=mamba-130m", "shapes"),
+    ("model.ssm.hidden_size", "ssm", "model.ssm.hidden_size=32", "shapes"),
+    ("model.ssm.num_layers", "ssm", "model.ssm.num_layers=4", "shapes"),
+    ("model.ssm.mixers", "ssm", "model.ssm.mixers=[mamba, mamba2, s4d, local, stu]", "shapes"),
+    ("model.ssm.context_length", "ssm", "model.ssm.context_length=24", "data"),
+    ("model.ssm.intermediate_size", "ssm", "model.ssm.intermediate_size=24", "shapes"),
+    ("model.ssm.expand", "ssm", "model.ssm.expand=1", "shapes"),
+    ("model.ssm.state_size", "ssm", "model.ssm.state_size=6", "shapes"),
+    ("model.ssm.conv_kernel", "ssm", "model.ssm.conv_kernel=3", "shapes"),
+    ("model.ssm.dt_rank", "ssm", "model.ssm.dt_rank=2", "shapes"),
+    ("model.ssm.head_dim", "ssm", "model.ssm.head_dim=16", "shapes"),
+    ("model.ssm.num_groups", "ssm", "model.ssm.num_groups=2", "shapes"),
+    ("model.ssm.chunk_size", "ssm", "model.ssm.chunk_size=3", "parameters"),
+    ("model.ssm.num_filters", "ssm", "model.ssm.num_filters=5", "shapes"),
+    ("model.ssm.num_heads", "ssm", "model.ssm.num_heads=1", "losses"),
+    ("model.ssm.window", "ssm", "model.ssm.window=2", "losses"),
+    ("model.ssm.norm", "ssm", "model.ssm.norm=layernorm", "shapes"),
+    ("model.ssm.norm_eps", "ssm", "model.ssm.norm_eps=0.1", "losses"),
+    ("model.ssm.tie_word_embeddings", "ssm", "model.ssm.tie_word_embeddings=false", "shapes"),
+    ("model.ssm.dropout", "ssm", "model.ssm.dropout=0.5", "losses"),
+    ("model.ssm.init_std", "ssm", "model.ssm.init_std=0.1", "losses"),
     ("model.tokenizer", "decoder", "model.tokenizer=other-llm", "data"),
     ("model.tokenizer.train", "decoder", "model.tokenizer.train=320", "data"),
     ("model.tokenizer.load", "decoder", "model.tokenizer={train: null, load: other-llm}", "data"),

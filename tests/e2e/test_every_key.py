@@ -83,8 +83,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
         write_rows(folder / f"{name}.jsonl", rows(32, start=start))
     (folder / "rows.yaml").write_text(timeseries_config(tiny_llm, Path("rows.jsonl"), Path("run")))
     (folder / "decoder.yaml").write_text(decoder_config(Path("run")))
-    for family, file in FILES.items():
-        (folder / file).write_text(language_config(Path("run"), family))
+    for file in {*FILES.values()}:
+        (folder / file).write_text(language_config(Path("run"), file.removesuffix(".yaml")))
 
     rng = np.random.default_rng(0)
     arrays = {

@@ -68,6 +68,8 @@ logging: {{every_steps: 1}}
 SHAPES = {
     "decoder": "{hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2, context_length: 16}",
     "recurrent": "{hidden_size: 16, num_layers: 2, context_length: 16}",
+    "ssm": "{hidden_size: 16, state_size: 4, head_dim: 8, num_filters: 4, num_heads: 2, window: 6, context_length: 16, "
+    "mixers: [mamba, mamba2, s4d, stu, local], num_layers: 5}",
     "kgram": "{hidden_size: 16, k: 3, context_length: 16}",
 }
 

@@ -46,6 +46,7 @@ def specs(directory: Path) -> dict[str, Spec]:
     scaled = EncoderSpec(**(vars(ENCODER) | {"numeric_scale": True, "max_series": 2}))
     ours = TimeSeriesSpec(llm, scaled, ProjectorSpec(norm_output=True), train_lm_head=True)
     small = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "head_dim": 8}
+    one: dict[str, Any] = {"hidden_size": 16, "num_layers": 1}
     bottleneck = small | {"head_dim": 4}
     rope = RopeScaling(8.0, 1.0, 4.0, original_context_length=16)
     return {
@@ -76,28 +77,27 @@ def specs(directory: Path) -> dict[str, Spec]:
         "kgram-onehot": KgramSpec(VOCAB, "onehot", k=3, hidden_size=16, num_layers=2),
         "kgram-embedding": KgramSpec(VOCAB, "embedding", k=2, embed_size=12, hidden_size=16, num_layers=1),
         "kgram-convolution": KgramSpec(VOCAB, "convolution", k=4, embed_size=12, hidden_size=16, num_layers=2),
-        "ssm-mamba": SSMSpec(VOCAB, hidden_size=32, num_layers=1, state_size=4, dt_rank=3),
+        "ssm-mamba": SSMSpec(VOCAB, state_size=4, dt_rank=3, **one),
         "ssm-mamba2": SSMSpec(
             VOCAB,
-            hidden_size=32,
-            num_layers=1,
             mixers=("mamba2",),
             state_size=4,
-            head_dim=16,
+            head_dim=8,
             num_groups=2,
             chunk_size=8,
             tie_word_embeddings=False,
+            **one,
         ),
-        "ssm-s4d": SSMSpec(VOCAB, hidden_size=32, num_layers=1, mixers=("s4d",), state_size=8, norm="layernorm"),
+        "ssm-s4d": SSMSpec(VOCAB, mixers=("s4d",), state_size=8, norm="layernorm", **one),
         "ssm-stu-local": SSMSpec(
             VOCAB,
-            hidden_size=32,
+            hidden_size=16,
             num_layers=2,
             mixers=("stu", "local"),
             num_filters=6,
             window=5,
             context_length=12,
-            intermediate_size=40,
+            intermediate_size=24,
         ),
     }
 

@@ -22,6 +22,7 @@ CONFIGURATION = {
         "config_timeseries",
         "config_language",
         "config_decoder",
+        "config_ssm",
         "config_model",
         "config_samples",
         "config_training",

@@ -116,7 +116,7 @@ def test_contradictions_are_reported_beside_other_errors(minimal):
 def test_a_wrong_key_hides_no_contradiction_and_invents_none(minimal):
     found = lines(minimal, "model.family=timeserie", "training.max_steps=null")
     assert any(
-        "model.family: given the text 'timeserie'; allowed: timeseries or decoder or recurrent or kgram" in line
+        "model.family: given the text 'timeserie'; allowed: timeseries or decoder or recurrent or kgram or ssm" in line
         for line in found
     )
     assert any("training.max_steps: neither is given" in line for line in found)
@@ -180,6 +180,27 @@ def test_decoder_mistakes(write, overrides, message):
     path = write("{model: {family: decoder}, dataset: {format: corpus}, training: {max_steps: 9}}")
     assert load_config(path).evaluation.metrics == ("loss",)
     assert any(message in line for line in lines(path, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("ssm", "message"),
+    [
+        ("window: 8", "model.ssm.window: mixers: mamba do not read it; remove it, or add local"),
+        (
+            "mixers: [mamba2], head_dim: 48",
+            "model.ssm.head_dim: given 48; it must divide expand * hidden_size, 256: 32",
+        ),
+        ("mixers: [mamba2], num_groups: 3", "model.ssm.num_groups: given 3; it must divide the 4 heads: 2 or 4"),
+        ("mixers: [s4d], state_size: 7", "model.ssm.state_size: given 7; s4d pairs them"),
+        ("mixers: [stu], num_filters: 129", "a window of 128 has no more filters than tokens"),
+        ("mixers: [local], num_heads: 3", "model.ssm.num_heads: given 3; it must divide hidden_size 128: 2 or 4"),
+        ("mixers: [local], num_heads: 128", "a head is 1 wide; rotary positions need an even number"),
+        ("mixers: [mambo]", "did you mean mamba"),
+    ],
+)
+def test_ssm_mistakes(write, ssm, message):
+    path = write(f"{{model: {{family: ssm, ssm: {{{ssm}}}}}, dataset: {{format: corpus}}, training: {{max_steps: 9}}}}")
+    assert any(message in line for line in lines(path)), lines(path)
 
 
 @pytest.mark.parametrize("older", [*OLDER_SPELLINGS, *(f"training.{key}" for key in OLDER_SPELLINGS if "." not in key)])

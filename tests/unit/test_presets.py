@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_training.config_checks import PRESETS
-from mlx_training.config_model import DecoderConfig, KgramConfig, RecurrentConfig, TimeSeriesConfig
+from mlx_training.config_model import DecoderConfig, KgramConfig, RecurrentConfig, SSMConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import DecoderSpec
@@ -27,8 +27,13 @@ def test_number_of_parameters(name: str) -> None:
     assert preset(name).spec(vocab_size).num_parameters == expected
 
 
+def test_mamba_130m_has_the_published_size() -> None:
+    config = SSMConfig.model_validate({"family": "ssm", **PRESETS["ssm"]["mamba-130m"]})
+    assert config.spec(50_280).num_parameters == 129_135_360
+
+
 def test_every_preset_has_a_name_and_every_name_a_preset() -> None:
-    for family in (DecoderConfig, KgramConfig, RecurrentConfig, TimeSeriesConfig):
+    for family in (DecoderConfig, KgramConfig, RecurrentConfig, SSMConfig, TimeSeriesConfig):
         annotation: Any = family.model_fields["preset"].annotation
         (named, _) = get_args(annotation)
         assert set(get_args(named)) == set(PRESETS[get_args(family.model_fields["family"].annotation)[0]])
