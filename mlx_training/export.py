@@ -1,4 +1,4 @@
-"""A trained run in other formats: a Hugging Face Llama directory, the same quantised for MLX, OpenTSLM's file."""
+"""A trained run in other formats: a Hugging Face Llama or Mamba, the same quantised for MLX, OpenTSLM's file."""
 
 import json
 import shutil
@@ -12,16 +12,16 @@ from safetensors.numpy import save_file
 from mlx_training.assemble import timeseries_spec
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
-from mlx_training.config_model import DecoderConfig, LanguageConfig
+from mlx_training.config_model import DecoderConfig, LanguageConfig, SSMConfig
 from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.llm_source import GROUP_SIZES
 from mlx_training.opentslm import read_lora, write_opentslm
 from mlx_training.quantize import quantize_directory
-from mlx_training.spec import Spec
+from mlx_training.spec import Spec, SSMSpec
 
-FORMATS = {"hf": "decoder", "mlx": "decoder", "opentslm": "timeseries"}  # and the family each can hold
+FORMATS = {"hf": ("decoder", "ssm"), "mlx": ("decoder",), "opentslm": ("timeseries",)}  # and what each can hold
 OPENTSLM_FILE = "model_checkpoint.pt"
 
 
@@ -41,11 +41,12 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         raise ConfigError(f"--to {target} {what}; give a directory that does not exist yet. Nothing was changed")
     if form != "opentslm" or (run / "config.yaml").is_file():  # weights imported from OpenTSLM come without one
         family = read_run_config(run).model.family
-        if family != FORMATS[form]:
-            others = [name for name, holds in FORMATS.items() if holds == family]
+        if family not in FORMATS[form]:
+            others = [name for name, holds in FORMATS.items() if family in holds]
             advice = f"Give --format {' or '.join(others)}" if others else f"No format holds family {family}"
             raise ConfigError(
-                f"{run} is a run of family {family}; --format {form} holds family {FORMATS[form]} only. {advice}"
+                f"{run} is a run of family {family}; --format {form} holds family {' or '.join(FORMATS[form])} only. "
+                f"{advice}"
             )
     write: dict[str, Callable[[Path], str]] = {
         "hf": lambda folder: export_huggingface(run, folder),
@@ -69,19 +70,22 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
 
 
 def export_huggingface(run: Path, target: Path) -> str:
-    """Write the best checkpoint of a decoder run to `target`: config, float32 weights and the run's tokenizer.
+    """Write the best checkpoint of a run to `target`: config, float32 weights and the run's tokenizer.
 
-    Raises ConfigError when the run is not of family decoder.
+    Raises ConfigError when the run is not of family decoder or ssm, or has parts that Hugging Face's models have not.
     """
     config = read_run_config(run)
-    if not isinstance(config.model, DecoderConfig):
-        raise ConfigError(f"{run}: a {config.model.family} run; only decoder runs can be exported as a Llama directory")
+    if not isinstance(config.model, DecoderConfig | SSMConfig):
+        raise ConfigError(
+            f"{run}: a {config.model.family} run; only decoder and ssm runs can be exported as a directory"
+        )
     source = _tokenizer_of(config.model, run)
     tokenizer = Tokenizer.load(source)
     spec = config.model.spec(vocabulary_size(config.model, tokenizer))
-    if misfits := spec.not_llama():
+    kind, misfits = ("Mamba", spec.not_mamba()) if isinstance(spec, SSMSpec) else ("Llama", spec.not_llama())
+    if misfits:
         raise ConfigError(
-            f"{run}: Hugging Face's Llama has no {', '.join(misfits)}; this model cannot be exported as one"
+            f"{run}: Hugging Face's {kind} has no {', '.join(misfits)}; this model cannot be exported as one"
         )
     checkpoint = CheckpointStore(run).best_or_latest()
     shapes = {name: array.shape for name, array in checkpoint.model.items()}

@@ -151,7 +151,7 @@ def checkpoint_export(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "mlx", "opentslm"),
         required=True,
-        help="hf: Hugging Face directory, float32; mlx: the same quantised (decoder runs); "
+        help="hf: Hugging Face directory, float32 (decoder, ssm); mlx: the same quantised (decoder runs); "
         "opentslm: model_checkpoint.pt (time-series runs)",
     )
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of --format mlx; default: 4")

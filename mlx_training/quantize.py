@@ -65,9 +65,9 @@ def quantize_directory(source: Path, target: Path, bits: int = 4, group_size: in
         raise ConfigError(f"source and target are both {source}; give another target directory")
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     for file in weight_files(source):
-        for name, (dtype, array) in _read_safetensors(file).items():
+        for name, (dtype, array) in read_tensors(file).items():
             if array.ndim == 2 and array.shape[-1] % group_size == 0:
-                packed, scales, biases = quantize(_to_float32(dtype, array), group_size, bits)
+                packed, scales, biases = quantize(widened(dtype, array), group_size, bits)
                 tensors[name] = ("U32", packed)
                 stem = name.removesuffix(".weight")
                 tensors[f"{stem}.scales"] = (dtype, _from_float32(dtype, scales))
@@ -85,7 +85,7 @@ def quantize_directory(source: Path, target: Path, bits: int = 4, group_size: in
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_safetensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """{name: (safetensors type, array)}; bfloat16, which NumPy lacks, as its uint16 bits."""
     header, offset = safetensors_header(path)
     data = np.memmap(path, np.uint8, "r", offset=offset)
@@ -112,7 +112,8 @@ def _write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -
             file.write(np.ascontiguousarray(array).data)
 
 
-def _to_float32(dtype: str, array: np.ndarray) -> np.ndarray:
+def widened(dtype: str, array: np.ndarray) -> np.ndarray:
+    """An array of `read_tensors` as float32."""
     if dtype == "BF16":
         return np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
     return array.astype(np.float32)

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 from mlx_training import checkpoint_files, checkpoint_tools
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.generate import generate_rows
+from mlx_training.hf_mamba import read_mamba
 from mlx_training.llm_source import describe_llm
 from mlx_training.opentslm import read_opentslm
-from tests.e2e.tiny import decoder_config
+from tests.e2e.tiny import decoder_config, ssm_config
 from tests.e2e.workbench import CONFIG, DATA, Workbench, contents, flip_a_bit, truncate
 from tools.opentslm_checkpoint import import_file
 
@@ -240,11 +241,23 @@ def test_export_opentslm(tiny: Workbench) -> None:
     assert tiny.json("checkpoint", "diff", "imported", tiny.run)["parameters"]["both"][0]["identical"]
 
 
+def test_a_mamba_is_exported(tiny: Workbench) -> None:
+    tiny.write(ssm_config(tiny.run))
+    tiny.train("model.ssm={mixers: [mamba], num_layers: 1, head_dim: 64, num_filters: 24, num_heads: 4, window: 256}")
+    tiny.json("checkpoint", "export", tiny.run, "--to", "out", "--format", "hf")
+    spec, arrays = read_mamba(Path("out"))
+    assert arrays.keys() == load_file("out/model.safetensors").keys() and spec.mixers == ("mamba",)
+    assert (Path("out") / "tokenizer.json").is_file()
+    tiny.train("output_dir=mixed")
+    message = tiny.refused(CONFIG, "checkpoint", "export", "mixed", "--to", "no", "--format", "hf")
+    assert "Hugging Face's Mamba has no mixers: mamba, mamba2, s4d, stu, local" in message
+
+
 def test_export_refuses_what_a_format_cannot_hold(bench: Workbench) -> None:
     bench.train()
     export = ["checkpoint", "export", bench.run, "--to"]
     message = bench.refused(CONFIG, *export, "out", "--format", "hf")
-    assert "family timeseries; --format hf holds family decoder only. Give --format opentslm" in message
+    assert "family timeseries; --format hf holds family decoder or ssm only. Give --format opentslm" in message
     message = bench.refused(DATA, *export, "out", "--format", "opentslm")
     assert "OpenTSLM has no place for the parameter encoder.scale_in" in message
     assert "leave them out" in bench.refused(CONFIG, *export, "out", "--format", "opentslm", "--bits", 4)

@@ -46,6 +46,7 @@ ROOMS = (
         "protocols",
         "llm_source",
         "quantize",
+        "hf_mamba",
         "progress",
         "run_directory",
         "signals",
