@@ -7,9 +7,18 @@ Shape suffixes: B rows, T tokens, D channels, N state, H heads, P head_dim, G gr
 Q tokens of a chunk, S earlier tokens, M complex pairs.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Any], *given: Tensor) -> Any:
+    """`function(*given)`; what it makes on the way is not kept for the backward pass, but made again there."""
+    return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def linear_scan(a: Tensor, b: Tensor) -> Tensor:
@@ -31,11 +40,17 @@ def linear_scan(a: Tensor, b: Tensor) -> Tensor:
 
 
 def selective_scan(
-    x_BTD: Tensor, dt_BTD: Tensor, A_DN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_D: Tensor, state_BDN: Tensor | None
+    x_BTD: Tensor,
+    dt_BTD: Tensor,
+    A_DN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_D: Tensor,
+    state_BDN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba's recurrence (Gu & Dao 2023), y (B, T, D) and the last state: h = exp(dt A) h + dt B x, y = C h + D x.
 
-    States of all tokens stand side by side, B * T * D * N numbers: what a fused kernel would not write out.
+    States of all tokens stand side by side, B * T * D * N numbers, for one layer at a time (`recomputed`).
     """
     decay_BTDN = torch.exp(dt_BTD[..., None] * A_DN)
     inputs_BTDN = (dt_BTD * x_BTD)[..., None] * B_BTN[:, :, None]

@@ -14,7 +14,7 @@ from mlx_training.errors import BackendError
 from mlx_training.spec import SSMSpec
 from torch_backend.decoder import MLP, Attention, Places
 from torch_backend.layers import NORMS, KVCache, LanguageModel, Linear, RMSNorm
-from torch_backend.scans import diagonal_ssm, filtered, selective_scan, short_convolution, ssd
+from torch_backend.scans import diagonal_ssm, filtered, recomputed, selective_scan, short_convolution, ssd
 
 States = tuple[Tensor | None, ...]
 
@@ -103,9 +103,8 @@ class Mamba(Mixer):
         R, N = self.spec.dt_rank, self.spec.state_size
         dt_BTR, B_BTN, C_BTN = self.x_proj(x_BTD).split([R, N, N], dim=-1)
         dt_BTD = F.softplus(self.dt_proj(dt_BTR).float())
-        y_BTD, state = selective_scan(
-            x_BTD.float(), dt_BTD, -torch.exp(self.A_log), B_BTN.float(), C_BTN.float(), self.D, state
-        )
+        scanned = (x_BTD.float(), dt_BTD, -torch.exp(self.A_log), B_BTN.float(), C_BTN.float(), self.D)
+        y_BTD, state = recomputed(selective_scan, *scanned) if state is None else selective_scan(*scanned, state)
         self.remember(places, past, state)
         return self.out_proj(y_BTD.to(x_BTH.dtype) * F.silu(z_BTD))
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from mlx_training.data.batch import Batch
-from mlx_training.spec import DecoderSpec, EncoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
+from mlx_training.diagnostics.plan_ssm import forward_flops
+from mlx_training.spec import DecoderSpec, EncoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,17 @@ def _plain(spec: RecurrentSpec | KgramSpec) -> PlainShape:
     )
 
 
-SHAPES: dict[type[Spec], Callable[[Any], Shape]] = {DecoderSpec: _decoder, RecurrentSpec: _plain, KgramSpec: _plain}
+def _ssm(spec: SSMSpec) -> LMShape:
+    H = spec.hidden_size
+    return LMShape(H, spec.intermediate_size or 0, spec.num_layers, spec.num_heads, H, H, spec.vocab_size)
+
+
+SHAPES: dict[type[Spec], Callable[[Any], Shape]] = {
+    DecoderSpec: _decoder,
+    RecurrentSpec: _plain,
+    KgramSpec: _plain,
+    SSMSpec: _ssm,
+}
 
 
 def lm_shape(spec: Spec, llm_config: Mapping[str, Any] | None = None) -> Shape:
@@ -142,6 +153,9 @@ def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
     needed, and only where gradients flow: none at all for a batch without series. Attention's two products have no
     weights, so both halves are always needed. The patch embedding reads data, so it has no input gradient.
     """
+    if isinstance(spec, SSMSpec):
+        forward = forward_flops(spec, batch.rows, batch.tokens, batch.labels)
+        return Flops(forward, 2 * forward)
     tokens = batch.rows * batch.tokens
     products = tokens * 2 * lm.weights
     squares = tokens * lm.squares(batch.tokens)

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from mlx_training.diagnostics.flops import BatchShape, LMShape, Shape
+from mlx_training.diagnostics.plan_ssm import activation_bytes
 from mlx_training.optim import Optim
-from mlx_training.spec import EncoderSpec, KgramSpec, RecurrentSpec, Spec, TimeSeriesSpec
+from mlx_training.spec import EncoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 
 FLOAT32 = 4
 
@@ -175,6 +176,8 @@ def count_memory(
         activations += _encoder_bytes(c, spec.encoder, lm.hidden, batch) if batch.series else 0
     elif precision == "bfloat16":
         activations += 2 * lm.num_layers * lm.layer_weights  # matrices cast for every product are kept
+    if isinstance(spec, SSMSpec):
+        activations = activation_bytes(spec, batch.rows, batch.tokens, backend, width)
     logits *= c.logits_kept + c.logits_transient
     step = Memory(
         weights=trained + weights.held,

@@ -7,7 +7,15 @@ Shape suffixes: B rows, T tokens, D channels, N state, H heads, P head_dim, G gr
 Q tokens of a chunk, S earlier tokens, M complex pairs.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
+
+
+def recomputed(function: Callable[..., Any], *given: mx.array) -> Any:
+    """`function(*given)`; what it makes on the way is not kept for the backward pass, but made again there."""
+    return mx.checkpoint(function)(*given)
 
 
 def linear_scan(a: mx.array, b: mx.array) -> mx.array:
@@ -35,11 +43,11 @@ def selective_scan(
     B_BTN: mx.array,
     C_BTN: mx.array,
     D_D: mx.array,
-    state_BDN: mx.array | None,
+    state_BDN: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Mamba's recurrence (Gu & Dao 2023), y (B, T, D) and the last state: h = exp(dt A) h + dt B x, y = C h + D x.
 
-    States of all tokens stand side by side, B * T * D * N numbers: what a fused kernel would not write out.
+    States of all tokens stand side by side, B * T * D * N numbers, for one layer at a time (`recomputed`).
     """
     decay_BTDN = mx.exp(dt_BTD[..., None] * A_DN)
     inputs_BTDN = (dt_BTD * x_BTD)[..., None] * B_BTN[:, :, None]

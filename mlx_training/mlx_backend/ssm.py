@@ -12,7 +12,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.mlx_backend.decoder import MLP, Attention, Places
 from mlx_training.mlx_backend.layers import NORMS, KVCache, LanguageModel, Linear, RMSNorm
-from mlx_training.mlx_backend.scans import diagonal_ssm, filtered, selective_scan, short_convolution, ssd
+from mlx_training.mlx_backend.scans import diagonal_ssm, filtered, recomputed, selective_scan, short_convolution, ssd
 from mlx_training.spec import SSMSpec
 
 States = tuple[mx.array | None, ...]
@@ -104,15 +104,15 @@ class Mamba(Mixer):
         R, N = self.spec.dt_rank, self.spec.state_size
         dt_BTR, B_BTN, C_BTN = mx.split(self.x_proj(x_BTD), [R, R + N], axis=-1)
         dt_BTD = nn.softplus(self.dt_proj(dt_BTR).astype(mx.float32))
-        y_BTD, state = selective_scan(
+        scanned = (
             x_BTD.astype(mx.float32),
             dt_BTD,
             -mx.exp(self.A_log),
             B_BTN.astype(mx.float32),
             C_BTN.astype(mx.float32),
             self.D,
-            state,
         )
+        y_BTD, state = recomputed(selective_scan, *scanned) if state is None else selective_scan(*scanned, state)
         self.remember(places, past, state)
         return self.out_proj(y_BTD.astype(x_BTH.dtype) * nn.silu(z_BTD))
 

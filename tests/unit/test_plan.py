@@ -195,6 +195,7 @@ LANGUAGE = {
     "recurrent gru": ("model.recurrent.cell=gru", "model.recurrent.tie_word_embeddings=true"),
     "kgram onehot": ("model.kgram.form=onehot",),
     "kgram embedding": ("model.kgram.embed_size=24",),
+    "ssm": (),
     "kgram convolution": ("model.kgram.form=convolution",),
 }
 
