@@ -27,6 +27,7 @@ NUM_ROWS = 112
 TRAINED_STEPS = 60
 LANGUAGE_OVERRIDES = {
     "recurrent": ["training.max_steps=200", "model.recurrent.dropout=0.1"],
+    "ssm": ["training.max_steps=200"],
     "kgram": ["training.max_steps=200", "model.kgram.form=convolution"],
 }
 
@@ -36,14 +37,14 @@ def healthy(case: str, backend: str, folder: Path) -> Any:
 
     "timeseries": encoder and projector in front of a frozen 4-bit Llama, at initial values. "trained": the same after
     a few steps, which reads its series. "decoder": a small Llama from scratch; "recurrent" and "kgram": a small LSTM
-    and a small convolution over three tokens.
+    and a small convolution over three tokens; "ssm": every state-space mixer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if backend == "mlx":  # a compiled function that raised leaves its traces in the global random state
         importlib.import_module("mlx.core").random.seed(0)
     if case == "decoder":
         return from_config(load_config(_write_decoder(folder)), backend)
-    if case in ("recurrent", "kgram"):
+    if case in LANGUAGE_OVERRIDES:
         (folder / "config.yaml").write_text(language_config(folder / "run", case))
         return from_config(load_config(folder / "config.yaml", LANGUAGE_OVERRIDES[case]), backend)
     if case == "run":

@@ -61,8 +61,10 @@ DECODERS = (
     *("text", "text file", "sources", "sentinels", "fim"),
 )
 FILES = {  # of the other families
-    "recurrent": "recurrent.yaml", "kgram": "kgram.yaml",
-    "ssm": "ssm.yaml", "ssm preset": "ssm.yaml",
+    "recurrent": "recurrent.yaml",
+    "kgram": "kgram.yaml",
+    "ssm": "ssm.yaml",
+    "ssm preset": "ssm.yaml",
 }
 
 # key, base, overrides, and where the change must show

@@ -1,7 +1,7 @@
 """Planted faults: small ways in which real projects break, planted from outside on the public objects of a Subject."""
 
 from tests.doctor import lookalikes
-from tests.doctor.faults import adamw, data, gradients, language, model, runs, update
+from tests.doctor.faults import adamw, data, gradients, language, model, runs, ssm, update
 from tests.doctor.faults.base import FAULTS, LOOKALIKES, Fault, Lookalike
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "lookalikes",
     "model",
     "runs",
+    "ssm",
     "update",
 ]
