@@ -24,10 +24,11 @@ RUN = (
 DROPOUT = {
     "timeseries": ("model.encoder.dropout=0.1", "model.projector.dropout=0.1"),
     "recurrent": ("model.recurrent.dropout=0.1",),
+    "ssm": ("model.ssm.dropout=0.1",),
 }
 
 
-@pytest.mark.parametrize("family", ["timeseries", "decoder", "recurrent"])
+@pytest.mark.parametrize("family", ["timeseries", "decoder", "recurrent", "ssm"])
 def test_interrupted_at_random_moments(tiny: Workbench, family: str) -> None:
     if family != "timeseries":
         tiny.use_language(family)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_training.backend import PACKAGES
+from mlx_training.config_model import SSMConfig
+from mlx_training.config_presets import PRESETS
 from mlx_training.data.batch import Batch
 from mlx_training.environment import installed_backends
 from mlx_training.errors import BackendError
@@ -176,3 +178,14 @@ def test_documents_in_one_row_are_refused(backend: str, directory: Path) -> None
     chosen, model = realise(backend, specs(directory)["ssm-mamba"])
     with pytest.raises(BackendError, match="a row of its own"):
         chosen.score(model, lm, windows([np.arange(3, 9, dtype=np.int32), np.arange(3, 7, dtype=np.int32)]))
+
+
+@pytest.mark.parametrize("preset", PRESETS["ssm"])
+def test_presets_begin_as_a_uniform_guess(preset: str) -> None:
+    """Within 3 % of ln V, with the vocabulary of the shipped configurations."""
+    spec = SSMConfig.model_validate({"family": "ssm", **PRESETS["ssm"][preset]}).spec(16_000)
+    tokens = np.random.default_rng(0).integers(0, 16_000, (2, 33)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 32), np.float32), np.array([32, 32], np.int32))
+    backend, model = realise(BACKENDS[-1], spec)
+    sums = backend.score(model, lm, batch)
+    assert sums["loss"] / sums["weight"] == pytest.approx(np.log(16_000), rel=0.03)
