@@ -15,7 +15,7 @@ from mlx_training.generate import generate_rows
 from mlx_training.hf_mamba import read_mamba
 from mlx_training.llm_source import describe_llm
 from mlx_training.opentslm import read_opentslm
-from tests.e2e.tiny import decoder_config, ssm_config
+from tests.e2e.tiny import decoder_config, language_config
 from tests.e2e.workbench import CONFIG, DATA, Workbench, contents, flip_a_bit, truncate
 from tools.opentslm_checkpoint import import_file
 
@@ -242,7 +242,7 @@ def test_export_opentslm(tiny: Workbench) -> None:
 
 
 def test_a_mamba_is_exported(tiny: Workbench) -> None:
-    tiny.write(ssm_config(tiny.run))
+    tiny.write(language_config(tiny.run, "ssm"))
     tiny.train("model.ssm={mixers: [mamba], num_layers: 1, head_dim: 64, num_filters: 24, num_heads: 4, window: 256}")
     tiny.json("checkpoint", "export", tiny.run, "--to", "out", "--format", "hf")
     spec, arrays = read_mamba(Path("out"))

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_training.json_lines import read_metrics
-from tests.e2e.tiny import ssm_config
+from tests.e2e.tiny import language_config
 from tests.e2e.workbench import Workbench
 
 NO_LOCAL = "num_heads: 4, window: 256"  # the defaults: a key that no mixer reads is refused
@@ -20,7 +20,7 @@ NO_STU = f"num_filters: 24, {NO_LOCAL}"
 )
 def test_the_loss_falls(tiny: Workbench, ssm: str) -> None:
     """50 steps on the generated corpus, from a uniform guess to what follows what."""
-    tiny.write(ssm_config(tiny.run))
+    tiny.write(language_config(tiny.run, "ssm"))
     tiny.train(
         f"model.ssm={{{ssm}, num_layers: 2, hidden_size: 32}}",
         *("training.max_steps=50", "training.batch_size=8", "training.learning_rate=2e-2", "evaluation.every_steps=50"),
