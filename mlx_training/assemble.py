@@ -11,7 +11,8 @@ from mlx_training.backend import Backend, Runtime
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import MODEL, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
-from mlx_training.config_model import TimeSeriesConfig
+from mlx_training.config_checks import TEXT
+from mlx_training.config_model import PretrainedConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
@@ -23,14 +24,15 @@ from mlx_training.data.splits import SPLITS, SplitSpec, load_splits
 from mlx_training.data.text_data import TextData, load_text, vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer, check_vocabulary
 from mlx_training.environment import resolve_backend
-from mlx_training.errors import CheckpointError, DataError
-from mlx_training.llm_source import describe_llm, read_llm_config, resolve_llm
-from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
+from mlx_training.errors import CheckpointError, ConfigError, DataError
+from mlx_training.llm_source import read_llm_config
+from mlx_training.pretrained import pretrained_spec, timeseries_spec
+from mlx_training.spec import PretrainedSpec, Spec
 
 
 @dataclass(frozen=True)
 class RowData:
-    """Rows about time series, by split, and how they become tokens. Files are read when a split is asked for."""
+    """Rows, by split, and how they become tokens. Files are read when a split is asked for."""
 
     tokenizer: Tokenizer
     encoder: PromptEncoder
@@ -128,21 +130,25 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
             max_series=spec.encoder.max_series,
         )
         return Assembly(config, spec, RowData(tokenizer, encoder, config))
+    if isinstance(config.model, PretrainedConfig):
+        return _assemble_pretrained(config, config.model)
     data = load_text(config, config.model, run)
     return Assembly(config, config.model.spec(vocabulary_size(config.model, data.tokenizer)), data)
 
 
-def timeseries_spec(model: TimeSeriesConfig) -> TimeSeriesSpec:
-    """The spec of a `model` section of family timeseries."""
-    directory = resolve_llm(model.llm_id, model.llm_revision)
-    info = describe_llm(directory)
-    weights = "dequantized" if model.llm_weights == "auto" else model.llm_weights
-    return TimeSeriesSpec(
-        llm=FrozenLM(directory, info.hidden_size, info.vocab_size, info.sha256, weights),
-        encoder=EncoderSpec(**model.encoder.model_dump()),
-        projector=ProjectorSpec(**model.projector.model_dump()),
-        train_lm_head=model.train_lm_head,
-    )
+def _assemble_pretrained(config: RunConfig, model: PretrainedConfig) -> Assembly:
+    """Text in windows, or rows without series, as the LM's own tokenizer reads them."""
+    spec = pretrained_spec(model)
+    tokenizer, longest = Tokenizer.load(spec.llm.directory), _context_length(spec.llm.directory)
+    check_vocabulary(tokenizer.vocab_size, spec.llm.vocab_size, str(spec.llm.directory))
+    if config.dataset.format not in TEXT:
+        encoder = PromptEncoder(tokenizer, 0, max_length=config.dataset.max_length or longest)
+        return Assembly(config, spec, RowData(tokenizer, encoder, config))
+    if longest and model.context_length > longest:
+        raise ConfigError(
+            f"model.context_length: given {model.context_length}; {model.llm_id} reads at most {longest} tokens"
+        )
+    return Assembly(config, spec, load_text(config, model, None))
 
 
 def load_run(run: Path, backend: str | None = None, checkpoint: str | None = None) -> LoadedRun:
@@ -175,7 +181,7 @@ def check_fits(spec: Spec, checkpoint: Checkpoint) -> None:
 
 def llm_sha256(spec: Spec) -> str | None:
     """Fingerprint of the frozen LM, if there is one."""
-    return spec.llm.sha256 if isinstance(spec, TimeSeriesSpec) else None
+    return spec.llm.sha256 if isinstance(spec, PretrainedSpec) else None
 
 
 def open_backend(config: RunConfig, name: str | None = None) -> Backend:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
-from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig
+from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, PretrainedConfig
 from mlx_training.config_model_checks import Conflict, model_conflicts
 from mlx_training.config_presets import PRESETS
 from mlx_training.optim import SETTINGS as OPTIM
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 GENERATED = ("questions", "corpus")  # formats that the project makes itself: no file
 TEXT = ("corpus", "text")  # formats of language models; all others are rows about time series
+PROMPTS = ("instruct", "jsonl", "parquet")  # formats of rows that need no series
 CLASSES = ("question", "post_prompt", "channel_names", "label_names")
 OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.options
     "ts": CLASSES,
@@ -31,17 +32,19 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.opt
     "ecg_qa_cot": ("records", "template_answers"),
     "text": ("text_column", "separator"),
 }
+ROWS = (  # keys that rows do not read
+    *("dataset.sources", "dataset.packing", "dataset.cache_dir", "dataset.splits.unit"),
+    *("training.objective", "training.fim_rate", "training.fim_spm_rate", "evaluation.samples"),
+)
 # Keys that mean nothing there: changing one is an error, as it would be ignored.
 UNREAD = {
-    "timeseries": (
-        *("dataset.sources", "dataset.packing", "dataset.cache_dir", "dataset.splits.unit"),
-        *("training.objective", "training.fim_rate", "training.fim_spm_rate", "evaluation.samples"),
-    ),
+    "timeseries": ROWS,
     "corpus": ("dataset.sources", "dataset.cache_dir"),
     "language": (  # every family on text
         *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length"),
         *("evaluation.max_new_tokens", "evaluation.save_predictions"),
     ),
+    "pretrained": (*ROWS, "dataset.normalize", "dataset.stats_in_text", "model.context_length"),  # on rows
     "text": (
         *("dataset.num_samples_train", "dataset.num_samples_validation", "dataset.num_samples_test"),
         *("dataset.splits.group", "dataset.splits.by_group"),
@@ -112,7 +115,7 @@ def find_conflicts(config: "RunConfig") -> Iterator[Conflict]:
 
 def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     data, family = config.dataset, config.model.family
-    reads_text = isinstance(config.model, LanguageConfig)
+    reads_text = _reads_text(config)
     readers = {"model.family": "language" if reads_text else family, "dataset.format": data.format}
     for reader, key in readers.items():
         for unread in UNREAD.get(key, ()):
@@ -124,7 +127,10 @@ def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
             if value != default:
                 named = family if reader == "model.family" else key
                 yield Conflict((unread, reader), f"{reader}: {named} does not read it; remove it")
-    if (data.format in TEXT) != reads_text and data.format != "auto":
+    if isinstance(config.model, PretrainedConfig) and data.format not in TEXT + PROMPTS:
+        message = f"given {data.format}; the pretrained family reads {', '.join(TEXT + PROMPTS)}"
+        yield Conflict(("dataset.format", "model.family"), message)
+    elif (data.format in TEXT) != reads_text and data.format != "auto":
         formats = ", ".join(TEXT) if reads_text else "rows about time series (questions, jsonl, npz, ...)"
         yield Conflict(("dataset.format", "model.family"), f"given {data.format}; the {family} family reads {formats}")
     if data.format != "auto":
@@ -175,6 +181,11 @@ def _text_conflicts(config: "RunConfig", model: LanguageConfig) -> Iterator[Conf
         if data.splits is not None and data.splits.file is not None:
             message = "files per split go with dataset.path; sources are divided by fraction"
             yield Conflict(("dataset.splits.file", "dataset.sources"), message)
+
+
+def _reads_text(config: "RunConfig") -> bool:
+    is_text = config.dataset.format in TEXT
+    return isinstance(config.model, LanguageConfig) or (isinstance(config.model, PretrainedConfig) and is_text)
 
 
 def _split_conflicts(config: "RunConfig") -> Iterator[Conflict]:
@@ -233,7 +244,7 @@ def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
             if getattr(samples, key) is not None:
                 message = "temperature 0 always takes the most probable token; give a temperature above 0, e.g. 1"
                 yield Conflict((f"evaluation.samples.{key}", "evaluation.samples.temperature"), message)
-    if isinstance(config.model, LanguageConfig) and {*evaluation.metrics} - {"loss"}:
+    if _reads_text(config) and {*evaluation.metrics} - {"loss"}:
         message = f"a {config.model.family} has no answers to score; give [loss]"
         yield Conflict(("evaluation.metrics", "model.family"), message)
 

@@ -121,7 +121,7 @@ class Dataset(Section):
     """text: several sources in place of path, each divided by itself, mixed by weight."""
     format: Literal[
         "auto", "jsonl", "parquet", "tsqa", "timeseriesexam", "m4", "har_cot", "sleep_cot", "ecg_qa_cot", "ts", "npz",
-        "csv", "questions", "corpus", "text",
+        "csv", "instruct", "questions", "corpus", "text",
     ] = "auto"  # fmt: skip
     """How the file is read; auto goes by its suffix. questions and corpus are generated."""
     splits: Splits | None = None

@@ -6,10 +6,11 @@ from pydantic import Discriminator, Tag
 
 from mlx_training.config_decoder import DecoderConfig
 from mlx_training.config_language import KgramConfig, LanguageConfig, RecurrentConfig
+from mlx_training.config_pretrained import LoRAConfig, PretrainedConfig
 from mlx_training.config_ssm import SSMConfig
 from mlx_training.config_timeseries import TimeSeriesConfig
 
-FAMILIES = ("timeseries", "decoder", "recurrent", "kgram", "ssm")
+FAMILIES = ("timeseries", "decoder", "recurrent", "kgram", "ssm", "pretrained")
 
 
 def _family(value: Any) -> str | None:
@@ -22,7 +23,8 @@ ModelConfig = Annotated[
     | Annotated[DecoderConfig, Tag("<decoder>")]
     | Annotated[RecurrentConfig, Tag("<recurrent>")]
     | Annotated[KgramConfig, Tag("<kgram>")]
-    | Annotated[SSMConfig, Tag("<ssm>")],
+    | Annotated[SSMConfig, Tag("<ssm>")]
+    | Annotated[PretrainedConfig, Tag("<pretrained>")],
     Discriminator(_family, custom_error_type="family", custom_error_message="unknown family"),
 ]
 
@@ -31,7 +33,9 @@ __all__ = [
     "DecoderConfig",
     "KgramConfig",
     "LanguageConfig",
+    "LoRAConfig",
     "ModelConfig",
+    "PretrainedConfig",
     "RecurrentConfig",
     "SSMConfig",
     "TimeSeriesConfig",

@@ -27,6 +27,9 @@ def model_conflicts(model: ModelConfig) -> Iterator[Conflict]:
         if model.layout == "opentslm" and encoder.numeric_scale:
             keys = ("model.encoder.numeric_scale", "model.layout")
             yield Conflict(keys, "given true; the opentslm layout has no numeric scale, set false or layout: standard")
+        if model.train_lm_head and model.lora and "lm_head" in model.lora.targets:
+            keys = ("model.lora.targets", "model.train_lm_head")
+            yield Conflict(keys, "names lm_head, which trains as a whole already; remove one of them")
     elif isinstance(model, DecoderConfig):
         yield from _decoder_conflicts(model.decoder)
     elif isinstance(model, RecurrentConfig):

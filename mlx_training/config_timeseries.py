@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mlx_training.config_pretrained import LoRAConfig
 from mlx_training.config_section import Count, Dropout, Positive, Section, Text
 
 
@@ -54,10 +55,13 @@ class TimeSeriesConfig(Section):
     """Quantised weights: expanded once (auto: the faster way to train), or kept packed (less memory)."""
     train_lm_head: bool = False
     """Train a copy of the LM's output head as well (learning-rate group lm_head)."""
+    lora: LoRAConfig | None = None
+    """Adapters on the frozen LM; null: none."""
     encoder: EncoderConfig = EncoderConfig()
     projector: ProjectorConfig = ProjectorConfig()
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Learning-rate groups that train."""
-        return ("encoder", "projector", "lm_head") if self.train_lm_head else ("encoder", "projector")
+        more = {"lm_head": self.train_lm_head, "lora": self.lora is not None}
+        return ("encoder", "projector", *(group for group, trains in more.items() if trains))

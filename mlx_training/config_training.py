@@ -42,7 +42,7 @@ class Training(Section):
         Annotated[Rate, Tag("<number>")] | Annotated[dict[str, Rate], Tag("<groups>")],
         either("<groups>", "<number>"),
     ] = 1e-3
-    """Peak rate: one number, or one per group (timeseries: encoder, projector, lm_head; others: model)."""
+    """Peak rate: one number, or one per group (encoder, projector, lm_head, lora; models from scratch: model)."""
     schedule: Kind = "cosine"
     """Course of the rate after warm-up; wsd: stable, then a decay."""
     warmup_fraction: Fraction = 0.03
@@ -72,4 +72,4 @@ class Training(Section):
     early_stopping_min_delta: Rate = 0.0
     """The least improvement that counts as better."""
     init_from: str | None = None
-    """A run (or checkpoint) whose weights this run starts from: strict names and shapes, a fresh optimiser."""
+    """A run, checkpoint or adapter directory whose weights this run starts from: strict, a fresh optimiser."""

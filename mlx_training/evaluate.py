@@ -64,8 +64,9 @@ class Evaluator:
         rows = self.data.rows(split) if rows is None else rows
         predictions = self._answers(rows)
         metrics = answer_metrics(rows, predictions)
-        without = self._answers(rows, ablate=True)
-        metrics["accuracy_without_series"] = answer_metrics(rows, without)["accuracy"]
+        if any(row.series for row in rows):
+            without = self._answers(rows, ablate=True)
+            metrics["accuracy_without_series"] = answer_metrics(rows, without)["accuracy"]
         lines = [
             {"id": row.id, "type": row.type, "answer": row.answer, "prediction": text}
             for row, text in zip(rows, predictions, strict=True)

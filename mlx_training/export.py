@@ -1,4 +1,4 @@
-"""A trained run in other formats: a Hugging Face Llama or Mamba, the same quantised for MLX, OpenTSLM's file."""
+"""A trained run in other formats: a Hugging Face directory, the same quantised for MLX, adapters, OpenTSLM's file."""
 
 import json
 import shutil
@@ -9,19 +9,27 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from mlx_training.assemble import timeseries_spec
+from mlx_training.adapters import Adapter, split_adapter, write_mlx_lm, write_peft
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
-from mlx_training.config_model import DecoderConfig, LanguageConfig, SSMConfig
+from mlx_training.config_model import DecoderConfig, LanguageConfig, PretrainedConfig, SSMConfig, TimeSeriesConfig
 from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import CheckpointError, ConfigError
-from mlx_training.llm_source import GROUP_SIZES
-from mlx_training.opentslm import read_lora, write_opentslm
+from mlx_training.llm_source import GROUP_SIZES, describe_llm, resolve_llm
+from mlx_training.merge import merge_and_quantize, merge_directory
+from mlx_training.opentslm import write_opentslm
+from mlx_training.pretrained import pretrained_spec
 from mlx_training.quantize import quantize_directory
 from mlx_training.spec import Spec, SSMSpec
 
-FORMATS = {"hf": ("decoder", "ssm"), "mlx": ("decoder",), "opentslm": ("timeseries",)}  # and what each can hold
+FORMATS = {  # and what each can hold: runs of a family, or the adapters of a run
+    "hf": ("decoder", "ssm", "adapters"),
+    "mlx": ("decoder", "adapters"),
+    "peft": ("adapters",),
+    "mlx-lm": ("adapters",),
+    "opentslm": ("timeseries",),
+}
 OPENTSLM_FILE = "model_checkpoint.pt"
 
 
@@ -40,17 +48,20 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         what = "is not empty" if target.is_dir() else "is a file"
         raise ConfigError(f"--to {target} {what}; give a directory that does not exist yet. Nothing was changed")
     if form != "opentslm" or (run / "config.yaml").is_file():  # weights imported from OpenTSLM come without one
-        family = read_run_config(run).model.family
-        if family not in FORMATS[form]:
-            others = [name for name, holds in FORMATS.items() if family in holds]
-            advice = f"Give --format {' or '.join(others)}" if others else f"No format holds family {family}"
+        model = read_run_config(run).model
+        held = {model.family, *(["adapters"] if getattr(model, "lora", None) else [])}
+        if not held & {*FORMATS[form]}:
+            others = [name for name, holds in FORMATS.items() if held & {*holds}]
+            advice = f"Give --format {' or '.join(others)}" if others else f"No format holds family {model.family}"
             raise ConfigError(
-                f"{run} is a run of family {family}; --format {form} holds family {' or '.join(FORMATS[form])} only. "
-                f"{advice}"
+                f"{run} is a run of family {' with '.join(sorted(held, reverse=True))}; --format {form} holds family "
+                f"{' or '.join(FORMATS[form])} only. {advice}"
             )
     write: dict[str, Callable[[Path], str]] = {
-        "hf": lambda folder: export_huggingface(run, folder),
-        "mlx": lambda folder: _export_mlx(run, folder, bits or 4, group_size or 64),
+        "hf": lambda folder: _export_dense(run, folder),
+        "mlx": lambda folder: _export_mlx(run, folder, bits, group_size),
+        "peft": lambda folder: _export_adapter(run, folder, form),
+        "mlx-lm": lambda folder: _export_adapter(run, folder, form),
         "opentslm": lambda folder: export_opentslm(run, folder / OPENTSLM_FILE),
     }
     temporary = target.with_name(f".tmp-{target.name}")
@@ -104,11 +115,13 @@ def export_huggingface(run: Path, target: Path) -> str:
 
 
 def export_opentslm(run: Path, out: Path) -> str:
-    """Write the encoder, projector and kept LoRA weights of a run as OpenTSLM's file."""
+    """Write the encoder, projector and adapters of a run as OpenTSLM's file."""
     checkpoint = CheckpointStore(run).best_or_latest()
-    lora = read_lora(run)
-    write_opentslm(out, checkpoint.model, lora=lora)
-    return f"{len(checkpoint.model)} arrays of step {checkpoint.step}; {lora or 'no LoRA'}"
+    arrays, lora = split_adapter(checkpoint.model, checkpoint.state)
+    if lora is not None and lora.dora:
+        raise ConfigError(f"{run}: adapters with dora; OpenTSLM has plain LoRA only")
+    write_opentslm(out, arrays, lora=lora)
+    return f"{len(arrays)} arrays of step {checkpoint.step}; {lora or 'no LoRA'}"
 
 
 def read_run_config(run: Path) -> RunConfig:
@@ -123,11 +136,62 @@ def run_spec(run: Path) -> Spec:
     model = read_run_config(run).model
     if isinstance(model, LanguageConfig):
         return model.spec(vocabulary_size(model, Tokenizer.load(_tokenizer_of(model, run))))
-    return timeseries_spec(model)
+    return pretrained_spec(model)
 
 
-def _export_mlx(run: Path, target: Path, bits: int, group_size: int) -> str:
-    """Quantise what `export_huggingface` writes, as `mlx_lm.convert -q` would."""
+def _export_dense(run: Path, target: Path) -> str:
+    """A decoder, or the frozen LM with the adapters merged into it; of a time-series run the LM alone."""
+    if isinstance(read_run_config(run).model, LanguageConfig):
+        return export_huggingface(run, target)
+    base, adapter, step = _adapter_of(run)
+    merge_directory(base, adapter, target)
+    return f"{adapter} of step {step} merged into {base}, float32{_left_out(run)}"
+
+
+def _export_adapter(run: Path, target: Path, form: str) -> str:
+    base, adapter, step = _adapter_of(run)
+    if form == "peft":
+        write_peft(target, adapter, _on_frozen_lm(run).llm_id)
+    else:
+        write_mlx_lm(target, adapter, describe_llm(base).num_layers)
+    return f"{adapter} of step {step}{_left_out(run)}"
+
+
+def _adapter_of(run: Path) -> tuple[Path, Adapter, int]:
+    """Base, adapters and step of a run that has some; the base must be the one they were trained on."""
+    checkpoint = CheckpointStore(run).best_or_latest()
+    _, adapter = split_adapter(checkpoint.model, checkpoint.state)
+    assert adapter is not None, "the configuration of a run with adapters says so"
+    model = _on_frozen_lm(run)
+    base = resolve_llm(model.llm_id, model.llm_revision)
+    sha256 = describe_llm(base).sha256
+    if sha256 != adapter.llm_sha256:
+        raise CheckpointError(
+            f"{base} is another model than {checkpoint.path} was trained on (sha256 {str(adapter.llm_sha256)[:12]}, "
+            f"found {sha256[:12]}); put the base back, or set model.llm_id in {run / 'config.yaml'} to where it is now"
+        )
+    return base, adapter, checkpoint.step
+
+
+def _on_frozen_lm(run: Path) -> TimeSeriesConfig | PretrainedConfig:
+    model = read_run_config(run).model
+    assert isinstance(model, TimeSeriesConfig | PretrainedConfig), "only these have adapters"
+    return model
+
+
+def _left_out(run: Path) -> str:
+    return "; encoder and projector are not in it" if isinstance(_on_frozen_lm(run), TimeSeriesConfig) else ""
+
+
+def _export_mlx(run: Path, target: Path, bits: int | None, group_size: int | None) -> str:
+    """Quantise the dense model as `mlx_lm.convert -q` would; by default as the base was, else to 4 bits by 64."""
+    if not isinstance(read_run_config(run).model, LanguageConfig):
+        base, adapter, step = _adapter_of(run)
+        packed = describe_llm(base).quantization or {}
+        bits, group_size = bits or packed.get("bits", 4), group_size or packed.get("group_size", 64)
+        changed = merge_and_quantize(base, adapter, target, bits, group_size)
+        return f"{adapter} of step {step} merged into {base}, {changed}{_left_out(run)}"
+    bits, group_size = bits or 4, group_size or 64
     scratch = target / "float"
     written = export_huggingface(run, scratch)
     width = json.loads((scratch / "config.json").read_text())["hidden_size"]

@@ -149,10 +149,12 @@ def checkpoint_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="directory to make; absent or empty")
     parser.add_argument(
         "--format",
-        choices=("hf", "mlx", "opentslm"),
+        choices=("hf", "mlx", "peft", "mlx-lm", "opentslm"),
         required=True,
-        help="hf: Hugging Face directory, float32 (decoder, ssm); mlx: the same quantised (decoder runs); "
-        "opentslm: model_checkpoint.pt (time-series runs)",
+        help="hf: Hugging Face directory, float32 (decoder, ssm); mlx: the same quantised (decoder); adapters are merged "
+        "into their base; peft, mlx-lm: adapters alone; opentslm: model_checkpoint.pt (time-series runs)",
     )
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="of --format mlx; default: 4")
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of --format mlx; default: 64")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="of --format mlx; default: those of the base, else 4")
+    parser.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), help="of --format mlx; default: that of the base, else 64"
+    )

@@ -10,7 +10,7 @@ from mlx_training.checkpoint import check_shapes
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.json_text import parse_json
 from mlx_training.llm_source import weight_files
-from mlx_training.quantize import read_tensors, widened
+from mlx_training.quantize import read_tensors, to_float32
 from mlx_training.spec import SSMSpec
 
 HEAD = "lm_head.weight"
@@ -38,7 +38,7 @@ def read_mamba(directory: Path) -> tuple[SSMSpec, dict[str, np.ndarray]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no configuration of a Mamba ({error!r}); download it again") from None
     arrays = {
-        name.replace("backbone.embedding.", "backbone.embeddings."): widened(kind, array)  # the original spelling
+        name.replace("backbone.embedding.", "backbone.embeddings."): to_float32(kind, array)  # the original spelling
         for file in weight_files(Path(directory))
         for name, (kind, array) in read_tensors(file).items()
     }

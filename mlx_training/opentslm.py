@@ -1,25 +1,20 @@
-"""OpenTSLM's `model_checkpoint.pt`: read it, write it, and keep the LoRA weights that travel with it.
+"""OpenTSLM's `model_checkpoint.pt`: read it and write it, the LoRA weights of the language model included.
 
 The file is a dict {encoder_state, projector_state, lora_enabled, lora_state, lora_config, epoch, val_loss, ...}
 (StanfordBDHG/OpenTSLM, `OpenTSLMSP.store_to_file`). Arrays here carry canonical names (`spec/timeseries.py`).
 """
 
 import itertools
-import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from mlx_training.checkpoint import CheckpointStore, check_shapes
-from mlx_training.checkpoint_files import STEP_DIRECTORY
+from mlx_training.adapters import Adapter, from_peft, peft_config, peft_name
 from mlx_training.errors import CheckpointError
-from mlx_training.run_directory import write_atomic
 from mlx_training.torch_archive import Inert, read_archive, write_archive
 
 Arrays = dict[str, np.ndarray]
@@ -32,24 +27,12 @@ PROJECTOR = {"projector.0.": "projector.norm.", "projector.1.": "projector.linea
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """Adapters of the language model in PEFT's names, and PEFT's configuration as plain JSON."""
-
-    arrays: Arrays
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        shown = ", ".join(f"{key}={self.config[key]}" for key in ("r", "lora_alpha") if key in self.config)
-        return f"LoRA: {len(self.arrays)} tensors" + (f" ({shown})" if shown else "")
-
-
-@dataclass(frozen=True)
 class OpenTSLMCheckpoint:
     """A published checkpoint. `sizes` is read from the arrays, with the names of EncoderSpec."""
 
     arrays: Arrays
     sizes: dict[str, int]
-    lora: LoRA | None = None
+    lora: Adapter | None = None
     epoch: int | None = None
     extras: dict[str, Any] = field(default_factory=dict)  # the file's other plain values, such as val_loss
 
@@ -97,7 +80,7 @@ def write_opentslm(
     path: str | Path,
     arrays: Mapping[str, np.ndarray],
     *,
-    lora: LoRA | None = None,
+    lora: Adapter | None = None,
     epoch: int | None = None,
     extras: Mapping[str, Any] | None = None,
 ) -> None:
@@ -116,64 +99,9 @@ def write_opentslm(
         content[part][theirs] = np.asarray(array, np.float32)
     content["lora_enabled"] = lora is not None
     if lora is not None:
-        content |= {"lora_state": lora.arrays, "lora_config": {"default": lora.config}}
+        state = {peft_name(name, "default"): array for name, array in lora.arrays.items()}
+        content |= {"lora_state": state, "lora_config": {"default": peft_config(lora)}}
     write_archive(path, content | {"epoch": epoch, **(extras or {})})
-
-
-def load_initial(
-    source: str | Path, expected: Mapping[str, tuple[int, ...]], run_directory: str | Path | None = None
-) -> Arrays:
-    """Parameters to start from (`training.init_from`): exactly the names and shapes in `expected`.
-
-    `source` is a run directory (its best checkpoint, else its latest), a checkpoint directory, or an OpenTSLM
-    `model_checkpoint.pt`. LoRA weights that came with it are copied into `run_directory`, so that no stage of a
-    curriculum drops them silently. Raises CheckpointError.
-    """
-    source = Path(source)
-    if source.is_file():
-        foreign = read_opentslm(source)
-        arrays, lora = foreign.arrays, foreign.lora
-        where = f"{source} ({', '.join(f'{name} {size}' for name, size in foreign.sizes.items())})"
-    elif STEP_DIRECTORY.fullmatch(source.name):
-        arrays = CheckpointStore(source.parent.parent).load(source).model
-        lora, where = read_lora(source.parent.parent), str(source)
-    elif (source / "checkpoints").is_dir():
-        checkpoint = CheckpointStore(source).best_or_latest()
-        arrays, lora, where = checkpoint.model, read_lora(source), str(checkpoint.path)
-    else:
-        raise CheckpointError(
-            f"{source}: nothing to start from. training.init_from takes a run directory (with checkpoints/), a "
-            "checkpoint directory (checkpoints/step_...), or an OpenTSLM model_checkpoint.pt."
-        )
-    check_shapes(expected, {name: array.shape for name, array in arrays.items()}, where)
-    if lora is not None and run_directory is not None:
-        write_lora(run_directory, lora)
-        kept = Path(run_directory) / "lora.safetensors"
-        print(f"{source}: {lora}; kept in {kept} but not applied: LoRA cannot be trained yet", file=sys.stderr)
-    return arrays
-
-
-def write_lora(directory: str | Path, lora: LoRA) -> None:
-    """Keep adapters beside a run: lora.safetensors and lora.json."""
-    directory = Path(directory)
-    write_atomic(directory / "lora.json", json.dumps(lora.config, indent=1) + "\n")
-    write_atomic(directory / "lora.safetensors", safetensors.numpy.save(lora.arrays))
-
-
-def read_lora(directory: str | Path) -> LoRA | None:
-    """The adapters kept beside a run; None if there are none."""
-    directory = Path(directory)
-    try:
-        arrays = safetensors.numpy.load_file(directory / "lora.safetensors")
-        return LoRA(arrays, json.loads((directory / "lora.json").read_text()))
-    except FileNotFoundError:
-        if (directory / "lora.json").exists() or (directory / "lora.safetensors").exists():
-            raise CheckpointError(
-                f"{directory}: expected both lora.safetensors and lora.json; one is missing."
-            ) from None
-        return None
-    except (ValueError, OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{directory}: lora.safetensors or lora.json is damaged: {error}.") from error
 
 
 def _canonical(part: str, theirs: str) -> str | None:
@@ -206,7 +134,7 @@ def _sizes(arrays: Arrays) -> dict[str, int]:
     }
 
 
-def _lora(path: str | Path, content: dict[str, Any]) -> LoRA | None:
+def _lora(path: str | Path, content: dict[str, Any]) -> Adapter | None:
     if not content.get("lora_enabled", False):
         return None
     state = content.get("lora_state")
@@ -214,7 +142,8 @@ def _lora(path: str | Path, content: dict[str, Any]) -> LoRA | None:
         raise CheckpointError(f"{path}: lora_enabled is true, but there is no lora_state: expected a dict of tensors.")
     config = _json(content.get("lora_config"))
     config = config.get("default", config) if isinstance(config, dict) else {}
-    return LoRA({str(name): array.astype(np.float32) for name, array in state.items()}, config)
+    config = config if isinstance(config, dict) else {}
+    return from_peft({str(name): array for name, array in state.items()}, config, f"{path}: lora_state")
 
 
 def _json(value: Any, depth: int = 0, seen: Iterator[int] | None = None) -> Any:

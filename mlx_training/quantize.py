@@ -13,7 +13,12 @@ import numpy as np
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.llm_source import BITS, GROUP_SIZES, read_llm_config, safetensors_header, weight_files
 
-_DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+}
 
 
 def quantize(w: np.ndarray, group_size: int = 64, bits: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,6 +55,15 @@ def pack(q: np.ndarray, bits: int) -> np.ndarray:
     return octets.view("<u4")
 
 
+def dequantize(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, group_size: int) -> np.ndarray:
+    """w = scale * q + bias, float32 (..., K), from packed uint32 (..., K * bits / 32) and (..., K / group_size)."""
+    bits = packed.shape[-1] * 32 // (scales.shape[-1] * group_size)
+    stream = np.unpackbits(np.ascontiguousarray(packed).view(np.uint8), axis=-1, bitorder="little")
+    q = np.packbits(stream.reshape(*packed.shape[:-1], -1, bits), axis=-1, bitorder="little")[..., 0]
+    groups = q.reshape(*scales.shape, group_size).astype(np.float32)
+    return (groups * scales[..., None] + biases[..., None]).reshape(q.shape)
+
+
 def quantize_directory(source: Path, target: Path, bits: int = 4, group_size: int = 64) -> None:
     """Writes `source` (a Hugging Face checkpoint, float weights) quantised to `target`, as `mlx_lm.convert -q` would.
 
@@ -67,7 +81,7 @@ def quantize_directory(source: Path, target: Path, bits: int = 4, group_size: in
     for file in weight_files(source):
         for name, (dtype, array) in read_tensors(file).items():
             if array.ndim == 2 and array.shape[-1] % group_size == 0:
-                packed, scales, biases = quantize(widened(dtype, array), group_size, bits)
+                packed, scales, biases = quantize(to_float32(dtype, array), group_size, bits)
                 tensors[name] = ("U32", packed)
                 stem = name.removesuffix(".weight")
                 tensors[f"{stem}.scales"] = (dtype, _from_float32(dtype, scales))
@@ -112,8 +126,8 @@ def _write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -
             file.write(np.ascontiguousarray(array).data)
 
 
-def widened(dtype: str, array: np.ndarray) -> np.ndarray:
-    """An array of `read_tensors` as float32."""
+def to_float32(dtype: str, array: np.ndarray) -> np.ndarray:
+    """The values of what `read_tensors` returns."""
     if dtype == "BF16":
         return np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
     return array.astype(np.float32)

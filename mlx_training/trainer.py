@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_training.adapters import describe_adapter
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.checkpoint_writer import CheckpointWriter
@@ -21,10 +22,10 @@ from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.fingerprint import fingerprint
 from mlx_training.init import initialise
+from mlx_training.initial import load_initial
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
 from mlx_training.memory import full_memory_explained, training_advice
 from mlx_training.objectives.balanced import training_objective
-from mlx_training.opentslm import load_initial
 from mlx_training.progress import Progress
 from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
@@ -71,7 +72,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     else:
         arrays = backend.export(model) | initialise(assembly.spec, config.experiment.seed)
         if config.training.init_from:
-            arrays = load_initial(config.training.init_from, {n: a.shape for n, a in arrays.items()}, run)
+            arrays = load_initial(config.training.init_from, assembly.spec, arrays)
         backend.load(model, arrays)
     if not store.has_best:  # resumed before the best one, or in another directory
         progress.best = None
@@ -85,7 +86,12 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     size = f"{assembly.spec.num_parameters:,} trainable parameters"
     print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
-    about = {"llm_sha256": llm_sha256(assembly.spec), "data": fingerprint(assembly.data), "backend": backend.name}
+    about = {
+        "llm_sha256": llm_sha256(assembly.spec),
+        "adapter": describe_adapter(assembly.spec),
+        "data": fingerprint(assembly.data),
+        "backend": backend.name,
+    }
     evaluator = Evaluator(config, backend, model, assembly.data)
     guard = Guard(assembly, backend, model, objective, run=run, step=first, skipped=progress.skipped)
     cadence = Cadence(config, total_steps, batches.num_batches)

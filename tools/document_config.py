@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from mlx_training.config import RunConfig
 from mlx_training.config_errors import allowed
-from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
+from mlx_training.config_model import LanguageConfig, PretrainedConfig, TimeSeriesConfig
 from mlx_training.config_section import Section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -65,7 +65,11 @@ def _rows(key: str, field: FieldInfo, data: dict[str, Any]) -> Iterator[str]:
 def _sections(field: FieldInfo) -> list[type[Section]]:
     """The mappings of known keys that may stand in a field."""
     found = list(dict.fromkeys(_classes(field.annotation)))
-    return found if any(issubclass(section, TimeSeriesConfig | LanguageConfig) for section in found) else found[:1]
+    return (
+        found
+        if any(issubclass(section, TimeSeriesConfig | PretrainedConfig | LanguageConfig) for section in found)
+        else found[:1]
+    )
 
 
 def _classes(annotation: Any) -> Iterator[type[Section]]:

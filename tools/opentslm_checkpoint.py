@@ -7,16 +7,17 @@ python tools/opentslm_checkpoint.py import IN.pt OUT_DIR    a directory for trai
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.errors import UserError
 from mlx_training.export import export_opentslm
-from mlx_training.opentslm import read_opentslm, write_lora
+from mlx_training.opentslm import read_opentslm
 from mlx_training.run_directory import claim_run_directory
 
 
 def export_run(run: Path, out: Path) -> str:
-    """Write the encoder, projector and kept LoRA weights of a run."""
+    """Write the encoder, projector and adapters of a run."""
     return f"{out}: {export_opentslm(run, out)}"
 
 
@@ -24,10 +25,12 @@ def import_file(source: Path, out: Path) -> str:
     """Make a run directory that holds the file's weights as step 0."""
     foreign = read_opentslm(source)
     claim_run_directory(out, resume=False)
-    state = {"source": source.name, "epoch": foreign.epoch, **foreign.sizes}
-    CheckpointStore(out).save(0, foreign.arrays, {}, state, best=True, keep=1)
-    if foreign.lora is not None:
-        write_lora(out, foreign.lora)
+    state: dict[str, Any] = {"source": source.name, "epoch": foreign.epoch, **foreign.sizes}
+    arrays = dict(foreign.arrays)
+    if (lora := foreign.lora) is not None:
+        arrays |= lora.arrays
+        state["adapter"] = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "dora": lora.dora}
+    CheckpointStore(out).save(0, arrays, {}, state, best=True, keep=1)
     return f"{out}: {len(foreign.arrays)} arrays, {foreign.sizes}; {foreign.lora or 'no LoRA'}"
 
 

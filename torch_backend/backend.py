@@ -16,11 +16,12 @@ from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
-from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, KgramSpec, PretrainedSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
+from torch_backend.adapter import adapt
 from torch_backend.decoder import Decoder
 from torch_backend.kgram import Kgram
 from torch_backend.layers import LanguageModel
-from torch_backend.pretrained import frozen_hash, load_pretrained
+from torch_backend.pretrained import PretrainedModel, frozen_hash, load_pretrained
 from torch_backend.recurrent import Recurrent
 from torch_backend.session import Session
 from torch_backend.ssm import SSM
@@ -47,11 +48,13 @@ class Backend:
 
     def build(self, spec: Spec) -> LanguageModel:
         model: LanguageModel
-        if isinstance(spec, TimeSeriesSpec):
+        if isinstance(spec, PretrainedSpec):
             lm = load_pretrained(
                 spec.llm.directory, precision=self.runtime.precision, weights=spec.llm.weights, device=self.device
             )
-            model = TimeSeriesLM(spec, lm)
+            if spec.adapter:
+                adapt(lm, spec.adapter)
+            model = TimeSeriesLM(spec, lm) if isinstance(spec, TimeSeriesSpec) else PretrainedModel(spec, lm)
         else:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
@@ -151,7 +154,7 @@ class Backend:
         return Session(model, to_device=self.to_device)
 
     def frozen_hash(self, model: LanguageModel) -> str:
-        return frozen_hash(model.lm) if isinstance(model, TimeSeriesLM) else ""
+        return frozen_hash(model.lm) if isinstance(model, PretrainedModel) else ""
 
     def peak_memory(self) -> int:
         if self.device.type == "cuda":

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mlx_training.data.batch import Batch
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
-from torch_backend.layers import KVCache
-from torch_backend.quant import dequantize, keep_quantized
+from mlx_training.spec import PretrainedSpec
+from torch_backend.adapter import AdaptedLinear
+from torch_backend.layers import KVCache, LanguageModel
+from torch_backend.quant import dense_weight, dequantize, keep_quantized
 
 
 class PretrainedLM(nn.Module):
@@ -50,8 +53,9 @@ class PretrainedLM(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V), float32."""
-        layer = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
-        logits = (layer.as_linear(h) if hasattr(layer, "as_linear") else F.linear(h, layer.weight)).float()
+        table = self.model.embed_tokens
+        tied = table.as_linear if hasattr(table, "as_linear") else lambda h: F.linear(h, table.weight)
+        logits = (self.lm_head if hasattr(self, "lm_head") else tied)(h).float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def make_cache(self, left_padding: Sequence[int]) -> KVCache:
@@ -76,8 +80,12 @@ class PretrainedLM(nn.Module):
         return cache.select(rows)
 
     def train(self, mode: bool = True) -> "PretrainedLM":
-        """Always in evaluation mode: a frozen model drops nothing out."""
-        return super().train(False)
+        """Always in evaluation mode, as a frozen model drops nothing out, but for its adapters."""
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, AdaptedLinear):
+                module.train(mode)
+        return self
 
     def _masks(self, cache: KVCache, num_new: int, device: torch.device) -> Tensor | dict[str, Tensor]:
         mask_B1TS = cache.mask(num_new).to(device)
@@ -86,6 +94,24 @@ class PretrainedLM(nn.Module):
         queries, keys = torch.arange(cache.length, cache.length + num_new), torch.arange(mask_B1TS.shape[-1])
         near_TS = (queries[:, None] - keys < self.sliding_window).to(device)
         return {"full_attention": mask_B1TS, "sliding_attention": mask_B1TS & near_TS}
+
+
+class PretrainedModel(LanguageModel):
+    """A frozen LM on text, with what is trained on it."""
+
+    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def inputs(self, batch: Batch) -> Tensor:
+        return self.lm.embed(batch.tokens)
+
+    def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
+        assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
+        return self.lm.hidden(x_BLH)
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.lm.head(h)
 
 
 def load_pretrained(
@@ -132,9 +158,13 @@ def load_pretrained(
 
 
 def frozen_hash(lm: PretrainedLM) -> str:
-    """SHA-256 over all weights in name order; dense weights of one type give the same on both backends."""
+    """SHA-256 over all weights in name order; dense weights of one type give the same on both backends.
+
+    Adapters have no part in it.
+    """
     digest = hashlib.sha256()
-    for name, array in sorted((name.replace(".packed", ".weight"), array) for name, array in lm.state_dict().items()):
+    frozen = {name.replace(".base_layer.", "."): p for name, p in lm.state_dict().items() if ".lora_" not in name}
+    for name, array in sorted((name.replace(".packed", ".weight"), array) for name, array in frozen.items()):
         digest.update(f"{name}{tuple(array.shape)}".encode())
         digest.update(array.contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
@@ -143,11 +173,7 @@ def frozen_hash(lm: PretrainedLM) -> str:
 def head_weight(lm: PretrainedLM) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     layer = lm.lm_head if hasattr(lm, "lm_head") else lm.model.embed_tokens
-    if hasattr(layer, "packed"):
-        weight = dequantize(layer.packed, layer.scales, layer.biases, layer.group_size, layer.bits)
-    else:
-        weight = layer.weight
-    return weight.float().cpu().numpy()
+    return dense_weight(layer).cpu().numpy()
 
 
 class _LayerCaches:

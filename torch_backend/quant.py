@@ -16,6 +16,13 @@ def dequantize(packed: Tensor, scales: Tensor, biases: Tensor, group_size: int, 
     return q.mul_(scales.float()[..., None]).add_(biases.float()[..., None]).flatten(-2)
 
 
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The matrix of a Linear or Embedding, packed or not, float32 (out, in)."""
+    if isinstance(layer, _Packed):
+        return dequantize(layer.packed, layer.scales, layer.biases, layer.group_size, layer.bits)
+    return layer.weight.float()
+
+
 def keep_quantized(body: nn.Module, layers: dict[str, tuple[int, int]]) -> None:
     """Replaces the named Linear and Embedding modules by packed ones; {path: (group_size, bits)}."""
     for path, (group_size, bits) in layers.items():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mlx_training.data.batch import Batch
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
-from torch_backend.layers import LanguageModel, RMSNorm, attention
-from torch_backend.pretrained import PretrainedLM, head_weight
+from torch_backend.layers import RMSNorm, attention
+from torch_backend.pretrained import PretrainedLM, PretrainedModel, head_weight
 
 
 class SelfAttention(nn.Module):
@@ -112,14 +112,13 @@ class Projector(nn.Module):
         return y_SPH if self.output_norm is None else self.output_norm(y_SPH)
 
 
-class TimeSeriesLM(LanguageModel):
+class TimeSeriesLM(PretrainedModel):
     """A frozen LM that reads patches where a row's series stand."""
 
     def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM) -> None:
-        super().__init__()
+        super().__init__(spec, lm)
         self.encoder = Encoder(spec.encoder)
         self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
-        self.lm = lm
         self.train_lm_head = spec.train_lm_head
         if self.projector.output_norm is not None:
             nn.init.constant_(self.projector.output_norm.weight, embedding_rms(lm))
@@ -129,7 +128,7 @@ class TimeSeriesLM(LanguageModel):
 
     def inputs(self, batch: Batch) -> Tensor:
         """Token embeddings with projected patches in their places (B, L, H)."""
-        x_BLH = self.lm.embed(batch.tokens)
+        x_BLH = super().inputs(batch)
         if batch.series is None:
             return x_BLH
         h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches, batch.series_place)
@@ -139,13 +138,10 @@ class TimeSeriesLM(LanguageModel):
         placed_BLH = F.embedding(batch.patch_index, table).to(x_BLH.dtype)
         return torch.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
 
-    def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
-        return self.lm.hidden(x_BLH)
-
     def head(self, h: Tensor) -> Tensor:
         if self.train_lm_head:
             return self.lm_head(h.float())
-        return self.lm.head(h)
+        return super().head(h)
 
 
 def embedding_rms(lm: PretrainedLM) -> float:

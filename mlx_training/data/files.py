@@ -3,6 +3,7 @@
 import ast
 import csv
 import io
+import json
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise DataError(f"{where}: expected an object; got {describe(value)}")
         yield where, value
+
+
+def read_json_list(path: Path, what: str) -> list[Any]:
+    """The items of a file that is one JSON list; `what` they are, for the message."""
+    try:
+        items = parse_json(read_text(path))
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{line}: not JSON ({what_is_wrong(error)})") from error
+    if not isinstance(items, list):
+        raise DataError(f"{path}: expected a JSON list of {what}; got {type(items).__name__}")
+    return items
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

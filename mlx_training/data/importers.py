@@ -5,7 +5,6 @@ The keyword arguments of an importer are what `dataset.options` may hold for its
 
 import difflib
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +19,15 @@ from mlx_training.data.files import (
     parse_list,
     read_csv,
     read_json_lines,
+    read_json_list,
     read_parquet,
-    read_text,
 )
+from mlx_training.data.instruct import instruct
 from mlx_training.data.npz_file import read_npz
 from mlx_training.data.rows import Row, checked, numbers_from, read_rows
 from mlx_training.data.series import check_series
 from mlx_training.data.ts_file import read_ts
 from mlx_training.errors import ConfigError, DataError
-from mlx_training.json_text import parse_json, what_is_wrong
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".ts": "ts", ".npz": "npz", ".csv": "csv"}
 QUESTION = "Which class does this recording belong to?"
@@ -70,13 +69,7 @@ def timeseriesexam(path: Path, *, answer_with: Literal["text", "letter"] = "text
 
     The options stand in the prompt, the answer is the option's text or its letter, `type` is the category.
     """
-    try:
-        items = parse_json(read_text(path))
-    except ValueError as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{line}: not JSON ({what_is_wrong(error)})") from error
-    if not isinstance(items, list):
-        raise DataError(f"{path}: expected a JSON list of questions; got {type(items).__name__}")
+    items = read_json_list(path, "questions")
     with_letter = answer_with == "letter"
     return [_exam_row(item, f"{path}: question {number}", with_letter) for number, item in enumerate(items, start=1)]
 
@@ -289,4 +282,5 @@ FORMATS: dict[str, Callable[..., list[Row]]] = {
     "ts": ts,
     "npz": npz,
     "csv": csv_rows,
+    "instruct": instruct,
 }

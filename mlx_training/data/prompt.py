@@ -60,6 +60,8 @@ class PromptEncoder:
     `stats_in_text`: each series' text ends in ", it has mean 0.1234 and std 0.5678:" (a final "." of the
     text is kept in place of ":"). False removes such a statement from texts that carry one.
 
+    `patch_size` 0: the model reads no series, and a row that has some is an error.
+
     `max_length`: longer rows lose the end of their answer; a row that would lose all of it is an error.
     """
 
@@ -192,6 +194,11 @@ class PromptEncoder:
             raise DataError(f"{row.name}: no answer; training and scoring need one (generation does not)")
 
     def _check_num_series(self, row: Row) -> None:
+        if self.patch_size == 0 and row.series:
+            raise DataError(
+                f"{row.name}: {len(row.series)} series, but a model of family pretrained reads text only; give rows "
+                "with an empty list of series, or family timeseries"
+            )
         if self.max_series and len(row.series) > self.max_series:
             raise DataError(
                 f"{row.name}: {len(row.series)} series, but model.encoder.max_series is {self.max_series}; raise it, "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_training.config_model import LanguageConfig
+from mlx_training.config_model import LanguageConfig, PretrainedConfig
 from mlx_training.config_schema import RunConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import eval_batches
@@ -23,6 +23,7 @@ from mlx_training.data.text_sources import Division, Source, TextSplits, sources
 from mlx_training.data.token_cache import TokenStream, cached_streams, encode_parts
 from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
 from mlx_training.errors import DataError
+from mlx_training.llm_source import resolve_llm
 
 LARGE = 32 << 20  # bytes of text from which tokens are kept in a cache, asked or not
 
@@ -105,15 +106,18 @@ class TextData:
         return found
 
 
-def load_text(config: RunConfig, model: LanguageConfig, run: Path | None) -> TextData:
+def load_text(config: RunConfig, model: LanguageConfig | PretrainedConfig, run: Path | None) -> TextData:
     """Read, divide and tokenise the text of a configuration. A tokenizer that is made here is kept in `run`.
 
     Raises DataError for text that cannot be used, and when the tokenizer has more ids than `model.vocab_size`.
     """
     data, training = config.dataset, config.training
     division = Division(_sources(config), _splits(config))
-    tokenizer = text_tokenizer(model, division, run)
-    vocabulary_size(model, tokenizer)
+    if isinstance(model, PretrainedConfig):
+        tokenizer = Tokenizer.load(resolve_llm(model.llm_id, model.llm_revision))
+    else:
+        tokenizer = text_tokenizer(model, division, run)
+        vocabulary_size(model, tokenizer)
     transform: FillInTheMiddle | None = None
     if training.objective == "fill_in_the_middle":
         transform = FillInTheMiddle.of(tokenizer, training.fim_rate, training.fim_spm_rate, model.context_length)

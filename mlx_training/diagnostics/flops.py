@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 from mlx_training.data.batch import Batch
 from mlx_training.diagnostics.plan_ssm import forward_flops
-from mlx_training.spec import DecoderSpec, EncoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
+from mlx_training.spec import (
+    DecoderSpec,
+    EncoderSpec,
+    KgramSpec,
+    PretrainedSpec,
+    RecurrentSpec,
+    Spec,
+    SSMSpec,
+    TimeSeriesSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,8 @@ def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
     """Operations of one micro-batch, both passes.
 
     Backward of a trained product is twice its forward (input and weight). In a frozen LM only the input's half is
-    needed, and only where gradients flow: none at all for a batch without series. Attention's two products have no
+    needed, and only where gradients flow: none at all for a batch without series, unless the LM has adapters, whose own
+    products are counted and whose input gradients are needed from the first layer on. Attention's two products have no
     weights, so both halves are always needed. The patch embedding reads data, so it has no input gradient.
     """
     if isinstance(spec, SSMSpec):
@@ -161,14 +171,26 @@ def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
     squares = tokens * lm.squares(batch.tokens)
     head = batch.rows * batch.labels * 2 * lm.hidden * lm.vocab
     forward = products + squares + head
-    if not isinstance(spec, TimeSeriesSpec):
+    if not isinstance(spec, PretrainedSpec):
         return Flops(forward, 2 * forward)
-    head_backward = head * (1 + spec.train_lm_head)
-    if not batch.series:
-        return Flops(forward, head if spec.train_lm_head else 0)
+    adapters = _adapter_flops(spec, tokens)
+    trains_head = isinstance(spec, TimeSeriesSpec) and spec.train_lm_head
+    head_backward = head * (1 + trains_head)
+    through_lm = products + 2 * squares + head_backward + 2 * adapters
+    forward += adapters
+    if not isinstance(spec, TimeSeriesSpec) or not batch.series:
+        return Flops(forward, through_lm if spec.adapter else head * trains_head)
     patch_embed, trained = _encoder_flops(spec.encoder, lm.hidden, batch)
-    backward = products + 2 * squares + head_backward + patch_embed + 2 * trained
-    return Flops(forward + patch_embed + trained, backward)
+    return Flops(forward + patch_embed + trained, through_lm + patch_embed + 2 * trained)
+
+
+def _adapter_flops(spec: PretrainedSpec, tokens: int) -> int:
+    """Forward operations of the adapters; of DoRA also the change of every matrix, for its norm."""
+    if spec.adapter is None:
+        return 0
+    rank, linears = spec.adapter.rank, spec.adapter.linears
+    low_rank = sum(2 * tokens * rank * (outputs + inputs) for _, outputs, inputs in linears)
+    return low_rank + spec.adapter.dora * sum(2 * rank * outputs * inputs for _, outputs, inputs in linears)
 
 
 def _encoder_flops(encoder: EncoderSpec, lm_hidden: int, batch: BatchShape) -> tuple[int, int]:

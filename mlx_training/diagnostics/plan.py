@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_training.assemble import assemble, timeseries_spec
+from mlx_training.assemble import RowData, assemble
 from mlx_training.config import RunConfig
-from mlx_training.config_checks import GENERATED
-from mlx_training.config_model import LanguageConfig, TimeSeriesConfig
+from mlx_training.config_checks import GENERATED, TEXT
+from mlx_training.config_model import LanguageConfig, PretrainedConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.series import round_up
@@ -36,7 +36,8 @@ from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, c
 from mlx_training.environment import installed_backends, resolve_backend
 from mlx_training.errors import BackendError
 from mlx_training.llm_source import is_weight, read_llm_config, safetensors_header, weight_files
-from mlx_training.spec import Spec, TimeSeriesSpec
+from mlx_training.pretrained import pretrained_spec
+from mlx_training.spec import PretrainedSpec, Spec, TimeSeriesSpec
 from mlx_training.trainer import plan as plan_steps
 
 EFFICIENCY = {"torch": 0.61, "mlx": 0.66}
@@ -56,13 +57,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
         DataError: the data is there but cannot be read.
     """
     model = config.model
-    if isinstance(model, TimeSeriesConfig):
-        spec: Spec = timeseries_spec(model)
+    if isinstance(model, TimeSeriesConfig | PretrainedConfig):
+        spec: Spec = pretrained_spec(model)
     else:
         spec = model.spec(_vocabulary(model))
-    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
+    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
     lm = lm_shape(spec, llm_config)
-    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, TimeSeriesSpec) and llm_config else {}
+    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, PretrainedSpec) and llm_config else {}
     steps, batch = _from_data(config, spec) if data_at_hand(config) else (config.training.max_steps, None)
     batch = batch or _from_limits(config, spec, llm_config)
 
@@ -96,10 +97,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
 def bytes_needed(config: RunConfig, spec: Spec, batch: Batch, backend: str) -> int:
     """Memory of a run beside the framework itself, on micro-batches of the configured size and this batch's lengths."""
-    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
-    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, TimeSeriesSpec) and llm_config else {}
-    patch_size = spec.encoder.patch_size if isinstance(spec, TimeSeriesSpec) else 1
-    seen, rows = batch_shape(batch, patch_size), config.training.batch_size
+    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
+    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, PretrainedSpec) and llm_config else {}
+    seen, rows = batch_shape(batch, _patch_size(spec)), config.training.batch_size
     whole = replace(seen, rows=rows, series=round(seen.series * rows / seen.rows))
     return _memory(config, spec, lm_shape(spec, llm_config), whole, backend, frozen).total
 
@@ -161,26 +161,32 @@ def _vocabulary(model: LanguageConfig) -> int:
 def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | None]:
     """Steps, and the shape of the longest batch that the rows can make."""
     steps = config.training.max_steps
-    if not isinstance(spec, TimeSeriesSpec):  # windows have one length; text is read only to count them
+    if config.dataset.format in TEXT:  # windows have one length; text is read only to count them
         return (steps if steps is not None else plan_steps(assemble(config))[1]), None
     assembly = assemble(config)
     steps = plan_steps(assembly)[1]  # refuses, as training does, a batch larger than the data
     data = assembly.data
-    rows: Any = data.rows("train")  # type: ignore[union-attr]
+    assert isinstance(data, RowData), "the configuration checks this"
+    rows: Any = data.rows("train")
     size = config.training.batch_size
     chosen = range(0, len(rows), max(1, len(rows) // MAX_ROWS))
-    encoded = sorted((data.encode(rows[i]) for i in chosen), key=len)  # type: ignore[union-attr]
+    encoded = sorted((data.encode(rows[i]) for i in chosen), key=len)
     batch = collate(encoded[-size:])
-    return steps, batch_shape(batch, spec.encoder.patch_size)
+    return steps, batch_shape(batch, _patch_size(spec))
 
 
 def _from_limits(config: RunConfig, spec: Spec, llm_config: Mapping[str, Any] | None) -> BatchShape:
     """The longest batch that the settings allow; without dataset.max_length, all patches and a short text."""
     B = config.training.batch_size
-    if not isinstance(spec, TimeSeriesSpec):
-        L = config.model.context_length  # type: ignore[union-attr]
+    if config.dataset.format in TEXT:
+        assert not isinstance(config.model, TimeSeriesConfig), "the configuration checks this"
+        L = config.model.context_length
         return BatchShape(B, L, L, origin="data" if config.dataset.format in GENERATED else "limits")
-    encoder, labels = spec.encoder, round_up(config.evaluation.max_new_tokens, 4)
+    labels = round_up(config.evaluation.max_new_tokens, 4)
+    if not isinstance(spec, TimeSeriesSpec):
+        L = round_up(config.dataset.max_length or (llm_config or {}).get("max_position_embeddings") or TEXT_TOKENS, 16)
+        return BatchShape(B, L, min(labels, L), origin="limits")
+    encoder = spec.encoder
     num_series = max(encoder.max_series, 1)
     context = (llm_config or {}).get("max_position_embeddings") or math.inf
     longest = config.dataset.max_length or min(context, num_series * encoder.max_patches + TEXT_TOKENS + labels)
@@ -189,7 +195,11 @@ def _from_limits(config: RunConfig, spec: Spec, llm_config: Mapping[str, Any] | 
     return BatchShape(B, L, min(labels, L), B * num_series, max(patches // 4 * 4, 4), origin="limits")
 
 
-def _frozen_tensors(spec: TimeSeriesSpec, llm_config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def _patch_size(spec: Spec) -> int:
+    return spec.encoder.patch_size if isinstance(spec, TimeSeriesSpec) else 1
+
+
+def _frozen_tensors(spec: PretrainedSpec, llm_config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """{name: (elements of the dense tensor, bytes in the file with scales and biases)} of the frozen weights."""
     headers: dict[str, Any] = {}
     for file in weight_files(spec.llm.directory):
@@ -235,7 +245,7 @@ def _memory(
 ) -> Memory:
     precision = config.training.precision
     width = 2 if precision == "bfloat16" else 4
-    resident = isinstance(spec, TimeSeriesSpec) and spec.llm.weights == "resident"
+    resident = isinstance(spec, PretrainedSpec) and spec.llm.weights == "resident"
     held, converted, expanded = 0, 0, 0
     for size, stored in frozen.values():
         dense = size * width

@@ -24,7 +24,16 @@ from typing import NamedTuple
 from mlx_training.diagnostics.flops import BatchShape, LMShape, Shape
 from mlx_training.diagnostics.plan_ssm import activation_bytes
 from mlx_training.optim import Optim
-from mlx_training.spec import EncoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
+from mlx_training.spec import (
+    AdapterSpec,
+    EncoderSpec,
+    KgramSpec,
+    PretrainedSpec,
+    RecurrentSpec,
+    Spec,
+    SSMSpec,
+    TimeSeriesSpec,
+)
 
 FLOAT32 = 4
 
@@ -162,11 +171,11 @@ def count_memory(
     if isinstance(spec, RecurrentSpec | KgramSpec):
         return _plain_memory(spec, lm, batch, backend, precision, optim)
     assert isinstance(lm, LMShape)
-    c, trained, frozen = COEFFICIENTS[backend], spec.num_parameters * FLOAT32, isinstance(spec, TimeSeriesSpec)
+    c, trained, frozen = COEFFICIENTS[backend], spec.num_parameters * FLOAT32, isinstance(spec, PretrainedSpec)
     width = 2 if precision == "bfloat16" else 4
     tokens, labels = batch.rows * batch.tokens, batch.rows * batch.labels
     logits = labels * lm.vocab * FLOAT32
-    carries_gradient = not frozen or bool(batch.series)
+    carries_gradient = not isinstance(spec, PretrainedSpec) or bool(batch.series) or spec.adapter is not None
     layers = lm.num_layers if carries_gradient else 1  # without a gradient each layer's tensors go at once
     per_layer, once = (_bytes(kept[frozen], lm, batch.tokens, width) for kept in (c.layer, c.once))
     elements = once + (per_layer + layers * width * lm.hidden if recompute else layers * per_layer)
@@ -174,10 +183,12 @@ def count_memory(
     activations = tokens * elements + transient
     if isinstance(spec, TimeSeriesSpec):
         activations += _encoder_bytes(c, spec.encoder, lm.hidden, batch) if batch.series else 0
-    elif precision == "bfloat16":
+    elif not frozen and precision == "bfloat16":
         activations += 2 * lm.num_layers * lm.layer_weights  # matrices cast for every product are kept
     if isinstance(spec, SSMSpec):
         activations = activation_bytes(spec, batch.rows, batch.tokens, backend, width)
+    if isinstance(spec, PretrainedSpec) and spec.adapter:
+        activations += _adapter_bytes(spec.adapter, tokens, width)
     logits *= c.logits_kept + c.logits_transient
     step = Memory(
         weights=trained + weights.held,
@@ -206,6 +217,13 @@ def _plain_memory(
     gradients = round(kept.gradients * trained)
     state = FLOAT32 * optim.state_size(spec)
     return Memory(trained, state, gradients, activations, logits, round(c.overhead_bytes))
+
+
+def _adapter_bytes(adapter: AdapterSpec, tokens: int, width: int) -> int:
+    """What adapters keep for their gradients: the input of A and of B; with DoRA also the output and the gain."""
+    kept = sum(inputs + adapter.rank + 2 * adapter.dora * outputs for _, outputs, inputs in adapter.linears)
+    dense = max(outputs * inputs for _, outputs, inputs in adapter.linears) * FLOAT32 * 2 * adapter.dora
+    return tokens * kept * width + dense
 
 
 def _bytes(kept: Kept, lm: LMShape, length: int, width: int) -> float:

@@ -21,7 +21,7 @@ from mlx_training.diagnostics.flops import SHAPES, batch_shape, count_flops, lm_
 from mlx_training.diagnostics.subject import Subject, from_config
 from mlx_training.llm_source import read_llm_config
 from mlx_training.objectives import Sums
-from mlx_training.spec import TimeSeriesSpec
+from mlx_training.spec import PretrainedSpec, TimeSeriesSpec
 
 PHASES = ("data", "encoder", "lm_forward", "head_loss", "backward", "optimizer", "host")
 ADVICE = {
@@ -242,9 +242,9 @@ def _rates(
     """Operations a second of the real steps, and what the framework's own product reaches on this machine."""
     runtime, spec = subject.backend.runtime, subject.spec
     peak = machine.measure(subject.backend.name, runtime.device, runtime.precision)
-    if type(spec) not in (TimeSeriesSpec, *SHAPES):
+    if not isinstance(spec, PretrainedSpec) and type(spec) not in SHAPES:
         return None, peak  # somebody's own model: its arithmetic is not known
-    config = read_llm_config(spec.llm.directory) if isinstance(spec, TimeSeriesSpec) else None
+    config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
     lm = lm_shape(spec, config)
     shapes = [batch_shape(batch, _patch_size(subject)) for batches in steps for batch in batches]
     total = sum(count_flops(spec, lm, shape).total for shape in shapes)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from mlx_training.assemble import Assembly, Data, assemble, open_backend
@@ -11,9 +10,9 @@ from mlx_training.backend import Backend, Optim, Registered, Step
 from mlx_training.config import RunConfig
 from mlx_training.data.batch import Batch
 from mlx_training.init import initialise
+from mlx_training.initial import load_initial
 from mlx_training.objectives import Objective
 from mlx_training.objectives.lm import lm
-from mlx_training.opentslm import load_initial
 from mlx_training.spec import Param, Spec
 from mlx_training.trainer import learning_rates, plan
 
@@ -90,7 +89,7 @@ def from_assembly(assembly: Assembly, backend: str | None = None, *, max_rows: i
     model = chosen.build(spec)
     arrays = chosen.export(model) | initialise(spec, config.experiment.seed)
     if training.init_from:
-        arrays = load_initial(training.init_from, {n: a.shape for n, a in arrays.items()}, Path(config.output_dir))
+        arrays = load_initial(training.init_from, spec, arrays)
     chosen.load(model, arrays)
     seed = config.experiment.seed
     return Subject(

@@ -15,17 +15,18 @@ from mlx_training.backend import Arrays, Optim, Registered, Runtime, replaced
 from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
+from mlx_training.mlx_backend.adapter import adapt
 from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.kgram import Kgram
 from mlx_training.mlx_backend.layers import LanguageModel
-from mlx_training.mlx_backend.pretrained import frozen_hash, load_pretrained
+from mlx_training.mlx_backend.pretrained import PretrainedModel, frozen_hash, load_pretrained
 from mlx_training.mlx_backend.recurrent import Recurrent
 from mlx_training.mlx_backend.session import Session
 from mlx_training.mlx_backend.ssm import SSM
 from mlx_training.mlx_backend.step import Step
 from mlx_training.mlx_backend.timeseries import TimeSeriesLM
 from mlx_training.objectives import Objective
-from mlx_training.spec import DecoderSpec, KgramSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
+from mlx_training.spec import DecoderSpec, KgramSpec, PretrainedSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 
 FAMILIES: dict[type[Spec], Callable[..., LanguageModel]] = {  # models trained from scratch
     DecoderSpec: Decoder,
@@ -48,11 +49,13 @@ class Backend:
 
     def build(self, spec: Spec) -> LanguageModel:
         model: LanguageModel
-        if isinstance(spec, TimeSeriesSpec):
+        if isinstance(spec, PretrainedSpec):
             lm = load_pretrained(
                 spec.llm.directory, precision=self.runtime.precision, weights=spec.llm.weights, device=self.device
             )
-            model = TimeSeriesLM(spec, lm)
+            if spec.adapter:
+                adapt(lm, spec.adapter)
+            model = TimeSeriesLM(spec, lm) if isinstance(spec, TimeSeriesSpec) else PretrainedModel(spec, lm)
         else:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
@@ -157,7 +160,7 @@ class Backend:
         return Session(model, to_device=self.to_device)
 
     def frozen_hash(self, model: LanguageModel) -> str:
-        return frozen_hash(model.lm) if isinstance(model, TimeSeriesLM) else ""
+        return frozen_hash(model.lm) if isinstance(model, PretrainedModel) else ""
 
     def peak_memory(self) -> int:
         if self.runtime.device == "gpu":

@@ -17,9 +17,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_training.data.batch import Batch
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
-from mlx_training.mlx_backend.layers import KVCache
-from mlx_training.mlx_backend.quant import dequantize, keep_quantized
+from mlx_training.mlx_backend.layers import KVCache, LanguageModel
+from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quantized
+from mlx_training.spec import PretrainedSpec
 
 
 class PretrainedLM(nn.Module):
@@ -72,6 +74,24 @@ class PretrainedLM(nn.Module):
         return cache.select(rows)
 
 
+class PretrainedModel(LanguageModel):
+    """A frozen LM on text, with what is trained on it."""
+
+    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def inputs(self, batch: Batch) -> mx.array:
+        return self.lm.embed(batch.tokens)
+
+    def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
+        assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
+        return self.lm.hidden(x_BLH)
+
+    def head(self, h: mx.array) -> mx.array:
+        return self.lm.head(h)
+
+
 def load_pretrained(
     directory: Path,
     *,
@@ -119,9 +139,14 @@ def load_pretrained(
 
 
 def frozen_hash(lm: PretrainedLM) -> str:
-    """SHA-256 over all weights in name order; dense weights of one type give the same on both backends."""
+    """SHA-256 over all weights in name order; dense weights of one type give the same on both backends.
+
+    Adapters have no part in it.
+    """
     digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(lm.parameters())):
+    known = tree_flatten(lm.parameters())
+    frozen = {name.replace(".base_layer.", "."): p for name, p in known if ".lora_" not in name}
+    for name, array in sorted(frozen.items()):
         digest.update(f"{name}{tuple(array.shape)}".encode())
         digest.update(memoryview(array.view(mx.uint8)))
     return digest.hexdigest()
@@ -130,10 +155,7 @@ def frozen_hash(lm: PretrainedLM) -> str:
 def head_weight(lm: PretrainedLM) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     layer = lm.lm_head if "lm_head" in lm else lm.model.embed_tokens
-    weight = layer.weight
-    if weight.dtype == mx.uint32:
-        weight = dequantize(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
-    return np.array(weight.astype(mx.float32))
+    return np.array(dense_weight(layer))
 
 
 class _LayerCache:

@@ -10,6 +10,13 @@ def dequantize(packed: mx.array, scales: mx.array, biases: mx.array, group_size:
     return mx.dequantize(packed, scales, biases, group_size, bits)
 
 
+def dense_weight(layer: nn.Module) -> mx.array:
+    """The matrix of a Linear or Embedding, packed or not, float32 (out, in)."""
+    if layer.weight.dtype == mx.uint32:
+        return dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    return layer.weight.astype(mx.float32)
+
+
 def keep_quantized(body: nn.Module, layers: dict[str, tuple[int, int]]) -> None:
     """Replaces the named Linear and Embedding modules by packed ones; {path: (group_size, bits)}."""
 

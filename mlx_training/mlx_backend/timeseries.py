@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.mlx_backend.layers import LanguageModel, RMSNorm, attention
-from mlx_training.mlx_backend.pretrained import PretrainedLM, head_weight
+from mlx_training.mlx_backend.layers import RMSNorm, attention
+from mlx_training.mlx_backend.pretrained import PretrainedLM, PretrainedModel, head_weight
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
 
 
@@ -111,14 +111,13 @@ class Projector(nn.Module):
         return y_SPH if self.output_norm is None else self.output_norm(y_SPH)
 
 
-class TimeSeriesLM(LanguageModel):
+class TimeSeriesLM(PretrainedModel):
     """A frozen LM that reads patches where a row's series stand."""
 
     def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM) -> None:
-        super().__init__()
+        super().__init__(spec, lm)
         self.encoder = Encoder(spec.encoder)
         self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
-        self.lm = lm
         self.train_lm_head = spec.train_lm_head
         if self.projector.output_norm is not None:
             self.projector.output_norm.weight = mx.full(lm.hidden_size, embedding_rms(lm))
@@ -128,7 +127,7 @@ class TimeSeriesLM(LanguageModel):
 
     def inputs(self, batch: Batch) -> mx.array:
         """Token embeddings with projected patches in their places (B, L, H)."""
-        x_BLH = self.lm.embed(batch.tokens)
+        x_BLH = super().inputs(batch)
         if batch.series is None:
             return x_BLH
         h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches, batch.series_place)
@@ -138,13 +137,10 @@ class TimeSeriesLM(LanguageModel):
         placed_BLH = table[batch.patch_index].astype(x_BLH.dtype)
         return mx.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
 
-    def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
-        return self.lm.hidden(x_BLH)
-
     def head(self, h: mx.array) -> mx.array:
         if self.train_lm_head:
             return self.lm_head(h.astype(mx.float32))
-        return self.lm.head(h)
+        return super().head(h)
 
 
 def embedding_rms(lm: PretrainedLM) -> float:

@@ -7,9 +7,9 @@ output normalised to the size of the LM's own embeddings.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mlx_training.spec.param import Param, Spec, layer_norm, linear
+from mlx_training.spec.param import Param, layer_norm, linear
+from mlx_training.spec.pretrained import PretrainedSpec
 
 
 @dataclass(frozen=True)
@@ -74,32 +74,20 @@ class ProjectorSpec:
 
 
 @dataclass(frozen=True)
-class FrozenLM:
-    """The pretrained LM behind the soft prompt. Not in the table: its weights are never trained or saved."""
+class TimeSeriesSpec(PretrainedSpec):
+    """Encoder + projector + frozen LM, and optionally adapters of the LM and a trainable copy of its head."""
 
-    directory: Path
-    hidden_size: int
-    vocab_size: int
-    sha256: str = ""  # of the weights, recorded in every checkpoint
-    weights: str = "dequantized"  # or "resident": packed weights stay packed
-
-
-@dataclass(frozen=True)
-class TimeSeriesSpec(Spec):
-    """Encoder + projector + frozen LM, and optionally a trainable copy of the LM's head."""
-
-    llm: FrozenLM
     encoder: EncoderSpec = field(default_factory=EncoderSpec)
     projector: ProjectorSpec = field(default_factory=ProjectorSpec)
     train_lm_head: bool = False
 
     def params(self) -> dict[str, Param]:
-        """Encoder, projector and, if it trains, the head (which starts as the LM's own)."""
+        """Encoder, projector, the head if it trains (it starts as the LM's own), and adapters."""
         table = self.encoder.params() | self.projector.params(self.encoder.hidden_size, self.llm.hidden_size)
         if self.train_lm_head:
             shape = (self.llm.vocab_size, self.llm.hidden_size)
             table["lm_head.weight"] = Param(shape, "pretrained", 0.0, True, "lm_head")
-        return table
+        return table | super().params()
 
     def zero_gradients(self) -> dict[str, slice]:
         """The key third of every fused attention bias."""

@@ -11,14 +11,17 @@ from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.prompt import Encoded
 from mlx_training.init import initialise
+from mlx_training.pretrained import find_linears
 from mlx_training.schedule import Schedule
 from mlx_training.spec import (
+    AdapterSpec,
     DecoderSpec,
     EncoderSpec,
     ExpertsSpec,
     FixedPattern,
     FrozenLM,
     KgramSpec,
+    PretrainedSpec,
     ProjectorSpec,
     RecurrentSpec,
     RopeScaling,
@@ -49,12 +52,16 @@ def specs(directory: Path) -> dict[str, Spec]:
     one: dict[str, Any] = {"hidden_size": 16, "num_layers": 1}
     bottleneck = small | {"head_dim": 4}
     rope = RopeScaling(8.0, 1.0, 4.0, original_context_length=16)
+    resident = FrozenLM(directory, 64, VOCAB, weights="resident")
+    lora = AdapterSpec(find_linears(directory, ["q_proj", "v_proj"]), rank=4, alpha=6.0)
+    dora = AdapterSpec(find_linears(directory, ["layers.2.mlp.up_proj", "down_proj"]), rank=3, alpha=24.0, dora=True)
     return {
         "timeseries-published": published,
         "timeseries-ours": ours,
-        "timeseries-resident": TimeSeriesSpec(
-            FrozenLM(directory, 64, VOCAB, weights="resident"), scaled, ProjectorSpec(norm_output=True)
-        ),
+        "timeseries-resident": TimeSeriesSpec(resident, scaled, ProjectorSpec(norm_output=True)),
+        "timeseries-lora": TimeSeriesSpec(llm, ENCODER, adapter=lora),
+        "timeseries-lora-resident": TimeSeriesSpec(resident, ENCODER, adapter=lora),
+        "pretrained-dora": PretrainedSpec(resident, adapter=dora),
         "decoder-gqa-rope-scaling": DecoderSpec(VOCAB, num_kv_heads=2, rope_scaling=rope, init_std=0.06, **small),
         "decoder-untied": DecoderSpec(VOCAB, tie_word_embeddings=False, norm_eps=1e-3, **small),
         "decoder-gpt": DecoderSpec(VOCAB, context_length=24, init_std=0.06, position_init_std=0.1, **GPT, **bottleneck),
@@ -106,6 +113,9 @@ CASES = (
     "timeseries-published",
     "timeseries-ours",
     "timeseries-resident",
+    "timeseries-lora",
+    "timeseries-lora-resident",
+    "pretrained-dora",
     "decoder-gqa-rope-scaling",
     "decoder-untied",
     "decoder-gpt",
@@ -176,8 +186,15 @@ def realise(name: str, spec: Spec, seed: int = 0) -> tuple[Backend, Any]:
     """The spec on one backend, with the initial values both backends share."""
     backend = backends.get(name, Runtime(device="cpu"))
     model = backend.build(spec)
-    backend.load(model, backend.export(model) | initialise(spec, seed))
+    backend.load(model, backend.export(model) | initialise(spec, seed) | _moved_adapters(spec))
     return backend, model
+
+
+def _moved_adapters(spec: Spec) -> Arrays:
+    """B away from zero, where A has a gradient."""
+    rng = np.random.default_rng(1)
+    shapes = {name: p.shape for name, p in spec.params().items() if ".lora_B." in name}
+    return {name: (0.05 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
 
 
 def rates(spec: Spec, step: int, total_steps: int, peak: float = 1e-3) -> dict[str, float]:

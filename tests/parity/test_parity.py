@@ -94,6 +94,7 @@ def test_trajectory(case: str, directory: Path, record_property) -> None:
     "case",
     [
         "timeseries-ours",
+        "pretrained-dora",
         "decoder-gqa-rope-scaling",
         "recurrent-lstm",
         "recurrent-gru",

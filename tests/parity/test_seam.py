@@ -10,7 +10,7 @@ import pytest
 from mlx_training.backend import PROBE, Arrays, Backend
 from mlx_training.data.batch import Batch
 from mlx_training.objectives.lm import lm
-from mlx_training.spec import Spec
+from mlx_training.spec import PretrainedSpec, Spec
 from tests.parity.cases import CASES, OPTIM, batches, rates, realise, relative, specs
 
 pytestmark = pytest.mark.usefixtures("both_backends")
@@ -27,7 +27,7 @@ def test_everything_registered(case: str, directory: Path) -> None:
     (a, b) = (backend.parameters(model) for backend, model in both(spec))
     assert a == b
     assert {name: p.shape for name, p in a.items() if p.trainable} == {n: p.shape for n, p in spec.params().items()}
-    assert any(name.startswith("lm.model.") for name in a) == case.startswith("timeseries")
+    assert any(name.startswith("lm.model.") for name in a) == isinstance(spec, PretrainedSpec)
 
 
 def test_parameters_are_listed_also_when_the_table_knows_others(backend_name: str, directory: Path) -> None:
@@ -83,6 +83,9 @@ def test_activations(case: str, directory: Path) -> None:
     if case.startswith("timeseries"):
         expected |= {"encoder.patch_embed", "encoder.layers.1.linear2", "encoder", "projector.norm", "projector"}
         expected |= {"lm.model.layers.0.self_attn.q_proj", "lm.model.layers.0.mlp", "lm.model.norm"}
+    elif isinstance(spec, PretrainedSpec):
+        expected |= {"lm.model.layers.0.mlp.down_proj.lora_A", "lm.model.layers.0.mlp.down_proj.base_layer"}
+        expected |= {"lm.model.layers.0.mlp.down_proj", "lm.model.norm"}
     else:
         expected |= {"model.embed_tokens", "model.layers.1.self_attn", "model.layers.1", "model.norm"}
     assert expected <= set(common) and list(mlx)[-2:] == list(torch)[-2:] == ["inputs", "logprobs"]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from mlx_training.assemble import timeseries_spec
 from mlx_training.config import load_config
 from mlx_training.config_model import LanguageConfig, ModelConfig
 from mlx_training.config_presets import PRESETS
+from mlx_training.pretrained import pretrained_spec
 from mlx_training.spec import EncoderSpec, FrozenLM, ProjectorSpec, Spec, TimeSeriesSpec
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -30,7 +30,7 @@ def spec_of(case: str) -> Spec:
     if case in PRESET_CASES:
         return preset_spec(*PRESET_CASES[case], VOCABULARY)
     model = load_config(case.replace("timeseries_", "timeseries/")).model
-    return model.spec(768) if isinstance(model, LanguageConfig) else timeseries_spec(model)
+    return model.spec(768) if isinstance(model, LanguageConfig) else pretrained_spec(model)
 
 
 def preset_spec(family: str, name: str, vocab_size: int) -> Spec:

@@ -1,0 +1,70 @@
+"""What a run starts from (`training.init_from`): another run, an OpenTSLM file, adapters of PEFT or mlx-lm."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mlx_training.adapters import Adapter, check_adapter, is_adapter, read_adapter, split_adapter
+from mlx_training.checkpoint import CheckpointStore, check_shapes
+from mlx_training.checkpoint_files import STEP_DIRECTORY
+from mlx_training.errors import CheckpointError
+from mlx_training.opentslm import read_opentslm
+from mlx_training.spec import PretrainedSpec, Spec
+
+Arrays = dict[str, np.ndarray]
+
+
+def load_initial(source: str | Path, spec: Spec, fresh: Arrays) -> Arrays:
+    """Every parameter of `spec`, from `source`: exactly its names and shapes, and nothing of it is left out.
+
+    `source` is a run directory (its best checkpoint, else its latest), a checkpoint directory, an OpenTSLM
+    `model_checkpoint.pt`, or a directory of adapters. `fresh` holds the initial values: adapters start from them where
+    the source has none, and everything else where it has nothing but adapters; both are said.
+
+    Raises:
+        CheckpointError: parameters do not fit; adapters for another base or of another rank, alpha or kind; or
+            adapters that this run would not apply.
+    """
+    given, adapter, where = _read(Path(source))
+    own = spec.adapter if isinstance(spec, PretrainedSpec) else None
+    if adapter is not None and (own is None or not isinstance(spec, PretrainedSpec)):
+        settings = f"{{rank: {adapter.rank}, alpha: {adapter.alpha:g}, dora: {str(adapter.dora).lower()}"
+        raise CheckpointError(
+            f"{where} has adapters ({adapter}), which this run would not apply; set model.lora="
+            f"{settings}, targets: [{', '.join(adapter.ends)}]}}"
+        )
+    adapters = {name: array for name, array in fresh.items() if ".lora_" in name}
+    rest = {name: array for name, array in fresh.items() if name not in adapters}
+    if adapter is not None and own is not None and isinstance(spec, PretrainedSpec):
+        check_adapter(adapter, own, spec.llm.sha256, where)
+        adapters = adapter.arrays
+    elif adapters:
+        print(f"{where}: no adapters in it; those of this run start afresh", file=sys.stderr)
+    if given is None:
+        if rest:
+            print(f"{where}: adapters only; {len(rest)} other parameters start afresh", file=sys.stderr)
+        return {**rest, **adapters}
+    check_shapes({n: a.shape for n, a in rest.items()}, {n: a.shape for n, a in given.items()}, where)
+    return {**given, **adapters}
+
+
+def _read(source: Path) -> tuple[Arrays | None, Adapter | None, str]:
+    """Parameters (None: there are adapters only), adapters, and the name of the source for messages."""
+    if source.is_file():
+        foreign = read_opentslm(source)
+        sizes = ", ".join(f"{name} {size}" for name, size in foreign.sizes.items())
+        return foreign.arrays, foreign.lora, f"{source} ({sizes})"
+    if is_adapter(source):
+        return None, read_adapter(source), str(source)
+    if STEP_DIRECTORY.fullmatch(source.name):
+        checkpoint = CheckpointStore(source.parent.parent).load(source)
+        return *split_adapter(checkpoint.model, checkpoint.state), str(source)
+    if (source / "checkpoints").is_dir():
+        checkpoint = CheckpointStore(source).best_or_latest()
+        return *split_adapter(checkpoint.model, checkpoint.state), str(checkpoint.path)
+    raise CheckpointError(
+        f"{source}: nothing to start from. training.init_from takes a run directory (with checkpoints/), a "
+        "checkpoint directory (checkpoints/step_...), an OpenTSLM model_checkpoint.pt, or a directory of adapters "
+        "(adapter_config.json, as PEFT and mlx-lm write it)."
+    )
