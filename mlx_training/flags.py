@@ -151,7 +151,7 @@ def checkpoint_export(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "mlx", "peft", "mlx-lm", "opentslm"),
         required=True,
-        help="hf: Hugging Face directory, float32 (decoder, ssm); mlx: the same quantised (decoder); adapters are merged "
+        help="hf: Hugging Face directory, float32 (decoder, ssm); mlx: quantised (decoder); adapters are merged "
         "into their base; peft, mlx-lm: adapters alone; opentslm: model_checkpoint.pt (time-series runs)",
     )
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of --format mlx; default: those of the base, else 4")

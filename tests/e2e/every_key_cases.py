@@ -20,6 +20,9 @@ BASES: dict[str, tuple[str, ...]] = {
         *("evaluation.metrics=[accuracy]", "checkpoint.best=eval/accuracy", "diagnostics.max_skipped_steps=9"),
     ),
     "tracked": ("logging.wandb=offline",),
+    "lora": ("model.lora={rank: 2, targets: [q_proj]}",),
+    "pretrained": (),
+    "instruct": ("dataset={path: tasks.json, format: instruct}", "model.context_length=128"),
     "hub": ("model.llm_id=someone/something",),
     "files": (
         "dataset={path: ., splits: {fraction: null, file: {train: rows.jsonl, validation: a.jsonl, test: b.jsonl}}}",
@@ -66,6 +69,8 @@ FILES = {  # of the other families
     "ssm": "ssm.yaml",
     "ssm preset": "ssm.yaml",
 }
+PRETRAINED = ("pretrained", "instruct")
+DECODERS = ("decoder", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [
@@ -96,6 +101,18 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.encoder.numeric_scale", "rows", "model.encoder.numeric_scale=false", "shapes"),
     ("model.projector.norm_output", "rows", "model.projector.norm_output=false", "shapes"),
     ("model.projector.dropout", "rows", "model.projector.dropout=0.5", "losses"),
+    ("model.lora.rank", "lora", "model.lora.rank=3", "shapes"),
+    ("model.lora.alpha", "lora", "model.lora.alpha=64", "losses"),
+    ("model.lora.dropout", "lora", "model.lora.dropout=0.5", "losses"),
+    ("model.lora.targets", "lora", "model.lora.targets=[up_proj]", "shapes"),
+    ("model.lora.dora", "lora", "model.lora.dora=true", "shapes"),
+    ("model.lora.rank", "pretrained", "model.lora.rank=3", "shapes"),
+    ("model.lora.targets", "pretrained", "model.lora.targets=[qproj]", "error"),
+    ("model.context_length", "pretrained", "model.context_length=24", "data"),
+    ("model.context_length", "pretrained", "model.context_length=4096", "error"),
+    ("model.llm_id", "pretrained", "model.llm_id=other-llm", "losses"),
+    ("dataset.max_length", "instruct", "dataset.max_length=60", "data"),
+    ("dataset.format", "pretrained", "dataset.format=npz", "error"),
     ("model.decoder.hidden_size", "decoder", "model.decoder.hidden_size=32", "shapes"),
     ("model.decoder.intermediate_size", "decoder", "model.decoder.intermediate_size=32", "shapes"),
     ("model.decoder.num_layers", "decoder", "model.decoder.num_layers=2", "shapes"),

@@ -63,12 +63,13 @@ def test_five_stages_in_sequence(stages: Workbench) -> None:
         for name, array in before.items():  # one step at 2e-4 and 1e-4 from where the last stage ended
             assert 0 < np.abs(after[name] - array).max() < 2.5e-4, name
         before = after
+    assert sum(".lora_" in name for name in before) == 14, "seven matrices of the one layer"
 
     # out, and back in: as a file, and as a run
     Path("out").mkdir()
     print(export_run(Path("runs/curriculum/stage5"), Path("out/model_checkpoint.pt")))
     print(import_file(Path("out/model_checkpoint.pt"), Path("back")))
-    still = ["training.learning_rate={encoder: 1e-12, projector: 0}", "training.weight_decay=0"]
+    still = ["training.learning_rate={encoder: 1e-12, projector: 0, lora: 0}", "training.weight_decay=0"]
     for source in ("out/model_checkpoint.pt", "back"):
         stages.json(
             *("train", f"{STAGE}3", *small, *still),

@@ -28,8 +28,15 @@ from mlx_training.errors import UserError
 from mlx_training.json_lines import read_metrics
 from mlx_training.samples import SAMPLES
 from mlx_training.trainer import train
-from tests.e2e.every_key_cases import BASES, CASES, DECODERS, FILES
-from tests.e2e.tiny import decoder_config, language_config, rows, save_tiny_llama, timeseries_config
+from tests.e2e.every_key_cases import BASES, CASES, DECODERS, FILES, PRETRAINED
+from tests.e2e.tiny import (
+    decoder_config,
+    language_config,
+    pretrained_config,
+    rows,
+    save_tiny_llama,
+    timeseries_config,
+)
 
 # A change in what a run is made of shows everywhere; these keys act later and must leave it alone.
 LATER = (
@@ -85,6 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
     (folder / "decoder.yaml").write_text(decoder_config(Path("run")))
     for file in {*FILES.values()}:
         (folder / file).write_text(language_config(Path("run"), file.removesuffix(".yaml")))
+    (folder / "pretrained.yaml").write_text(pretrained_config(tiny_llm, Path("text.jsonl"), Path("run")))
 
     rng = np.random.default_rng(0)
     arrays = {
@@ -117,6 +125,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
         rng.integers(-99, 99, 30).astype("<i2").tofile(record.with_suffix(".dat"))
     texts = [{"text": f"The {i} is less than {i + 1}.", "other": f"Then {i * i} follows."} for i in range(40)]
     write_objects(folder / "text.jsonl", texts)
+    tasks = [{"instruction": f"Add one to {i}.", "input": "", "output": f"That is {i + 1}."} for i in range(16)]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
     (folder / "text.txt").write_text("---".join(text["text"] for text in texts))
     (folder / "other.txt").write_text("---".join(text["other"] for text in texts))
     return folder
@@ -156,7 +166,8 @@ def observe(world: Path, tiny_llm: Path) -> Iterator[Any]:
             sizes.clear()
             wandb.told = {}
             place = [f"output_dir=run{next(runs)}"]
-            config = FILES.get(base) or ("decoder.yaml" if base in DECODERS else "rows.yaml")
+            files = FILES | dict.fromkeys(DECODERS, "decoder.yaml") | dict.fromkeys(PRETRAINED, "pretrained.yaml")
+            config = files.get(base, "rows.yaml")
             try:
                 return look(load_config(config, [*BASES[base], *place, *overrides]), sizes, wandb)
             except UserError as error:
