@@ -117,6 +117,17 @@ CAUSES: dict[str, Cause] = {
         "MLX and PyTorch compute different numbers",
         "compare the named module with the other backend's (see tools/compare_backends.py)",
     ),
+    "adapter_not_applied": Cause(
+        "adapters have no part in what their Linears put out",
+        "call the adapted module itself, and look at the names of targets",
+    ),
+    "adapter_scale": Cause(
+        "adapters are not multiplied by alpha / r",
+        "PEFT's lora_alpha is divided by r; mlx-lm multiplies by its `scale` as it is",
+    ),
+    "adapters_swapped": Cause(
+        "Linears use an A or B that is another's", "map names one by one; sorted, layer 10 comes before layer 2"
+    ),
     # Gradients
     "initial_loss": Cause(
         "the first loss is far from that of guessing", "look at initial values, the head, and the division by weight"

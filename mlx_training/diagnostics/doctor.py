@@ -12,6 +12,7 @@ from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import RunConfig, load_config
 from mlx_training.data.batch import Batch
 from mlx_training.diagnostics import (
+    adapter_checks,
     data_checks,
     gradient_checks,
     label_checks,
@@ -35,6 +36,7 @@ CHECKS = (
     *label_checks.CHECKS,
     *data_checks.CONTENT,
     *structure_checks.CHECKS,
+    *adapter_checks.CHECKS,
     *learning_checks.TRAINED,
     *model_checks.CHECKS,
     *gradient_checks.CHECKS,

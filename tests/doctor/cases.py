@@ -2,6 +2,7 @@
 
 import atexit
 import importlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from mlx_training.data.collate import collate
 from mlx_training.data.rows import Row, write_rows
 from mlx_training.diagnostics.subject import from_config
 from mlx_training.trainer import train
-from tests.e2e.tiny import decoder_config, language_config, save_tiny_llama
+from tests.e2e.tiny import decoder_config, language_config, pretrained_config, save_tiny_llama
 
 ANSWERS = ("up", "going down", "neither way")  # of different numbers of tokens
 NUM_ROWS = 112
@@ -37,7 +38,8 @@ def healthy(case: str, backend: str, folder: Path) -> Any:
 
     "timeseries": encoder and projector in front of a frozen 4-bit Llama, at initial values. "trained": the same after
     a few steps, which reads its series. "decoder": a small Llama from scratch; "recurrent" and "kgram": a small LSTM
-    and a small convolution over three tokens; "ssm": every state-space mixer.
+    and a small convolution over three tokens; "ssm": every state-space mixer; "adapters": LoRA on the
+    frozen Llama.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if backend == "mlx":  # a compiled function that raised leaves its traces in the global random state
@@ -47,6 +49,8 @@ def healthy(case: str, backend: str, folder: Path) -> Any:
     if case in LANGUAGE_OVERRIDES:
         (folder / "config.yaml").write_text(language_config(folder / "run", case))
         return from_config(load_config(folder / "config.yaml", LANGUAGE_OVERRIDES[case]), backend)
+    if case == "adapters":
+        return from_config(load_config(_write_adapters(folder)), backend)
     if case == "run":
         run = folder / "run"
         shutil.copytree(_finished_run(backend), run)
@@ -117,6 +121,17 @@ def _write_decoder(folder: Path) -> Path:
     text = text.replace(
         "max_steps: 4", "max_steps: 200, grad_accumulation_steps: 2, weight_decay: 0.1, grad_clip_norm: 1.0"
     )
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def _write_adapters(folder: Path) -> Path:
+    tasks = [{"instruction": f"Add one to {i}.", "output": f"That is {i + 1}."} for i in range(NUM_ROWS)]
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    text = pretrained_config(_tiny_llama(), folder / "tasks.json", folder / "run", "instruct")
+    text = text.replace("[q_proj, up_proj]", "[q_proj, o_proj, up_proj], dropout: 0.1")
+    text = text.replace("max_steps: 4", "max_steps: 200, grad_accumulation_steps: 2, weight_decay: 0.1")
     path = folder / "config.yaml"
     path.write_text(text)
     return path

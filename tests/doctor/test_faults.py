@@ -42,7 +42,7 @@ def test_fault_is_found_and_named(fault: Fault, backend: str, backends: list[str
     assert any(fault.where in place for place in (*report.failed[0].where, "")), str(report)
 
 
-@pytest.mark.parametrize("case", ["timeseries", "decoder", "recurrent", "kgram", "ssm", "trained", "run"])
+@pytest.mark.parametrize("case", ["timeseries", "decoder", "recurrent", "kgram", "ssm", "adapters", "trained", "run"])
 def test_healthy_subjects_pass_every_check(case: str, backend_name: str, tmp_path: Path) -> None:
     report = examine(healthy(case, backend_name, tmp_path), full=True)
     assert not report.failed, str(report)

@@ -70,7 +70,6 @@ FILES = {  # of the other families
     "ssm preset": "ssm.yaml",
 }
 PRETRAINED = ("pretrained", "instruct")
-DECODERS = ("decoder", "rope", "learned", "local", "strided", "fixed", "experts", "text", "text file")
 
 # key, base, overrides, and where the change must show
 CASES: list[tuple[str, str, str, str]] = [

@@ -1,7 +1,7 @@
 """Planted faults: small ways in which real projects break, planted from outside on the public objects of a Subject."""
 
 from tests.doctor import lookalikes
-from tests.doctor.faults import adamw, data, gradients, language, model, runs, ssm, update
+from tests.doctor.faults import adamw, adapters, data, gradients, language, model, runs, ssm, update
 from tests.doctor.faults.base import FAULTS, LOOKALIKES, Fault, Lookalike
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Fault",
     "Lookalike",
     "adamw",
+    "adapters",
     "data",
     "gradients",
     "language",
