@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 from mlx_training.checkpoint import check_shapes
 from mlx_training.errors import CheckpointError
 from mlx_training.json_text import parse_json
-from mlx_training.llm_source import safetensors_header
 from mlx_training.quantize import read_tensors, to_float32
 from mlx_training.spec import AdapterSpec, PretrainedSpec, Spec
 
@@ -97,7 +96,6 @@ def read_adapter(directory: Path) -> Adapter:
             raise ValueError("no object")
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG} is not valid JSON ({error}); copy or download it again") from None
-    safetensors_header(found[0])
     arrays = {name: to_float32(*tensor) for name, tensor in read_tensors(found[0]).items()}
     sha256 = _metadata(found[0]).get("llm_sha256")
     read = from_peft if found[0].name == PEFT_FILE else _from_mlx_lm
@@ -123,7 +121,7 @@ def from_peft(
         named[f"lm.{path}.{f'{low_rank}.weight' if low_rank else magnitude}"] = np.asarray(array, np.float32)
     rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
     return Adapter(
-        named, int(rank), alpha, float(config.get("lora_dropout") or 0), bool(config.get("use_dora")), llm_sha256
+        named, int(rank), alpha, _dropout(config, "lora_dropout", where), bool(config.get("use_dora")), llm_sha256
     )
 
 
@@ -214,7 +212,7 @@ def _from_mlx_lm(
         named[f"lm.{path}.{MLX_NAMES[name]}"] = np.ascontiguousarray(array.T)
     rank = int(_number(settings, "rank", where))
     alpha = round(rank * _number(settings, "scale", where), 6)  # 3 * (5 / 3) may miss 5 by the last bit
-    return Adapter(named, rank, alpha, float(settings.get("dropout") or 0), kind == "dora", llm_sha256)
+    return Adapter(named, rank, alpha, _dropout(settings, "dropout", where), kind == "dora", llm_sha256)
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float:
@@ -222,6 +220,10 @@ def _number(config: Mapping[str, Any], key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise CheckpointError(f"{where}: its settings have {key} {value!r}; expected a number above 0")
     return value
+
+
+def _dropout(config: Mapping[str, Any], key: str, where: str) -> float:
+    return _number(config, key, where) if config.get(key) else 0.0
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -232,4 +234,4 @@ def _split(name: str) -> tuple[str, str]:
 
 def _metadata(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return parse_json(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+        return parse_json(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import RunConfig
+from mlx_training.config_checks import TEXT
 from mlx_training.errors import MemoryExhaustedError
 
 # torch on the CPU, CUDA and MPS; MLX on Metal, CUDA and the CPU (where 0.32 does not look, and crashes); C++
@@ -47,7 +48,9 @@ def full_memory_explained(advice: Callable[[], str]) -> Iterator[None]:
 def training_advice(config: RunConfig) -> str:
     """What to lower, and how to go on, when training ran out of memory."""
     training, saved = config.training, CheckpointStore(config.output_dir).paths()
-    length = "model.decoder.context_length" if config.model.family == "decoder" else "dataset.max_length"
+    on_text = {"decoder": "model.decoder.context_length"}
+    on_text |= {"pretrained": "model.context_length"} if config.dataset.format in TEXT else {}
+    length = on_text.get(config.model.family, "dataset.max_length")
     changes: dict[str, int | str] = {length: "..."}
     if training.batch_size > 1:  # the same step in smaller parts
         changes = {

@@ -231,7 +231,7 @@ def _parameters(spec: Spec, frozen: Mapping[str, tuple[int, int]]) -> dict[str, 
     by_module: dict[str, int] = {}
     sizes = {name: param.size for name, param in spec.params().items()}
     for name, size in sizes.items():
-        module = ".".join(name.split(".")[:-1][:2])
+        module = "lora" if ".lora_" in name else ".".join(name.split(".")[:-1][:2])
         by_module[module] = by_module.get(module, 0) + size
     for name, (size, _) in frozen.items():
         module = "lm." + ".".join(name.split(".")[:-1][:2])

@@ -21,6 +21,7 @@ PAGES = [
         "generation",
         "grad_norm_is_zero",
         "language_models",
+        "lora",
         "opentslm",
         "optimizers",
         "parity",
