@@ -73,6 +73,14 @@ def split_adapter(arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) ->
     return rest, Adapter(own, **state["adapter"], llm_sha256=state.get("llm_sha256")) if own else None
 
 
+def kept_adapter(run: Path) -> Adapter | None:
+    """LoRA weights that earlier versions kept beside a run without applying them; None if there are none."""
+    path = run / "lora.safetensors"
+    if not path.is_file():
+        return None
+    return from_peft(_read_arrays(path), _read_config(run / "lora.json"), str(path))
+
+
 def is_adapter(directory: Path) -> bool:
     """Whether a directory holds adapters in one of the two formats."""
     return any((directory / name).is_file() for name in (PEFT_FILE, MLX_FILE, CONFIG))
@@ -90,13 +98,7 @@ def read_adapter(directory: Path) -> Adapter:
             f"{directory}: expected {CONFIG} with {PEFT_FILE} (PEFT) or {MLX_FILE} (mlx-lm); other files, such as "
             "adapter_model.bin, are not read"
         )
-    try:
-        config = parse_json((directory / CONFIG).read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise CheckpointError(f"{directory / CONFIG} is not valid JSON ({error}); copy or download it again") from None
-    arrays = {name: to_float32(*tensor) for name, tensor in read_tensors(found[0]).items()}
+    config, arrays = _read_config(directory / CONFIG), _read_arrays(found[0])
     sha256 = _metadata(found[0]).get("llm_sha256")
     read = from_peft if found[0].name == PEFT_FILE else _from_mlx_lm
     return read(arrays, config, str(found[0]), sha256)
@@ -196,6 +198,20 @@ def check_adapter(adapter: Adapter, spec: AdapterSpec, llm_sha256: str | None, w
             f"{error} These adapters are for another base (set model.llm_id), or for other Linears: set "
             f"model.lora.targets=[{', '.join(adapter.ends)}]"
         ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = parse_json(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again") from None
+    return config
+
+
+def _read_arrays(path: Path) -> Arrays:
+    return {name: to_float32(*tensor) for name, tensor in read_tensors(path).items()}
 
 
 def _from_mlx_lm(

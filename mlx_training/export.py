@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from mlx_training.adapters import Adapter, split_adapter, write_mlx_lm, write_peft
+from mlx_training.adapters import Adapter, kept_adapter, split_adapter, write_mlx_lm, write_peft
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.config import RunConfig, load_config
 from mlx_training.config_model import DecoderConfig, LanguageConfig, PretrainedConfig, SSMConfig, TimeSeriesConfig
@@ -118,6 +118,7 @@ def export_opentslm(run: Path, out: Path) -> str:
     """Write the encoder, projector and adapters of a run as OpenTSLM's file."""
     checkpoint = CheckpointStore(run).best_or_latest()
     arrays, lora = split_adapter(checkpoint.model, checkpoint.state)
+    lora = lora or kept_adapter(run)
     if lora is not None and lora.dora:
         raise ConfigError(f"{run}: adapters with dora; OpenTSLM has plain LoRA only")
     write_opentslm(out, arrays, lora=lora)

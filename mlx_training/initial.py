@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_training.adapters import Adapter, check_adapter, is_adapter, read_adapter, split_adapter
+from mlx_training.adapters import Adapter, check_adapter, is_adapter, kept_adapter, read_adapter, split_adapter
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import STEP_DIRECTORY
 from mlx_training.errors import CheckpointError
@@ -58,13 +58,14 @@ def _read(source: Path) -> tuple[Arrays | None, Adapter | None, str]:
     if is_adapter(source):
         return None, read_adapter(source), str(source)
     if STEP_DIRECTORY.fullmatch(source.name):
-        checkpoint = CheckpointStore(source.parent.parent).load(source)
-        return *split_adapter(checkpoint.model, checkpoint.state), str(source)
-    if (source / "checkpoints").is_dir():
-        checkpoint = CheckpointStore(source).best_or_latest()
-        return *split_adapter(checkpoint.model, checkpoint.state), str(checkpoint.path)
-    raise CheckpointError(
-        f"{source}: nothing to start from. training.init_from takes a run directory (with checkpoints/), a "
-        "checkpoint directory (checkpoints/step_...), an OpenTSLM model_checkpoint.pt, or a directory of adapters "
-        "(adapter_config.json, as PEFT and mlx-lm write it)."
-    )
+        run, checkpoint = source.parent.parent, CheckpointStore(source.parent.parent).load(source)
+    elif (source / "checkpoints").is_dir():
+        run, checkpoint = source, CheckpointStore(source).best_or_latest()
+    else:
+        raise CheckpointError(
+            f"{source}: nothing to start from. training.init_from takes a run directory (with checkpoints/), a "
+            "checkpoint directory (checkpoints/step_...), an OpenTSLM model_checkpoint.pt, or a directory of adapters "
+            "(adapter_config.json, as PEFT and mlx-lm write it)."
+        )
+    arrays, adapter = split_adapter(checkpoint.model, checkpoint.state)
+    return arrays, adapter or kept_adapter(run), str(checkpoint.path)

@@ -336,3 +336,27 @@ def test_real_files(
     rows = load_rows(shared_data / file, format)
     assert (len(rows), len(rows[0].series), len(rows[0].options)) == (num_rows, num_series, num_options)
     assert all(row.answer in row.options for row in rows)
+
+
+def test_instruct(tmp_path: Path) -> None:
+    """Alpaca's headings; an empty input is left out; the answer follows without a space."""
+    tasks = [
+        {"instruction": "Fix it.", "input": "He go.", "output": "He goes."},
+        {"instruction": " Say hi. ", "input": "", "output": "Hi"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(tasks))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    for name in ("a.json", "a.jsonl"):
+        first, second = load_rows(tmp_path / name, "instruct")
+        assert first.pre_prompt == "### Instruction:\nFix it.\n\n### Input:\nHe go.\n\n### Response:\n"
+        assert second.pre_prompt == "### Instruction:\nSay hi.\n\n### Response:\n"
+        assert (first.answer, first.series, first.post_prompt) == ("He goes.", (), "")
+    for content, message in (
+        ('{"instruction": "a"}', "expected a JSON list of tasks; got dict"),
+        ('[{"instruction": "a"}]', "task 1: missing field 'output'"),
+        ('[{"instruction": "a", "input": 3, "output": "b"}]', "task 1: field 'input' must be text"),
+        ("[", r"a\.json:1: not JSON"),
+    ):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_rows(tmp_path / "a.json", "instruct")

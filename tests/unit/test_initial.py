@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from mlx_training.adapters import Adapter, describe_adapter, write_mlx_lm, write_peft
+from mlx_training.adapters import Adapter, describe_adapter, peft_name, write_mlx_lm, write_peft
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.errors import CheckpointError
 from mlx_training.init import initialise
@@ -85,6 +86,16 @@ def test_a_chain_of_runs_keeps_its_adapters(tmp_path: Path, capsys: pytest.Captu
         CheckpointError, match=r"not apply; set model.lora={rank: 2, alpha: 3, dora: false, targets: \["
     ):
         load_initial(stage3, PLAIN, fresh(PLAIN))
+
+
+def test_lora_that_an_earlier_version_kept_beside_a_run(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", PLAIN)
+    arrays = {peft_name(name, "default"): array for name, array in trained(TEXT).items()}
+    save_file(arrays, run / "lora.safetensors")
+    (run / "lora.json").write_text('{"r": 2, "lora_alpha": 3}')
+    assert load_initial(run, ADAPTED, fresh(ADAPTED)).keys() == ADAPTED.params().keys()
+    with pytest.raises(CheckpointError, match="which this run would not apply"):
+        load_initial(run, PLAIN, fresh(PLAIN))
 
 
 def test_an_opentslm_file_with_lora_is_applied_or_refused(tmp_path: Path) -> None:
