@@ -257,7 +257,9 @@ def test_export_refuses_what_a_format_cannot_hold(bench: Workbench) -> None:
     bench.train()
     export = ["checkpoint", "export", bench.run, "--to"]
     message = bench.refused(CONFIG, *export, "out", "--format", "hf")
-    assert "family timeseries; --format hf holds family decoder or ssm only. Give --format opentslm" in message
+    assert (
+        "family timeseries; --format hf holds family decoder or ssm or adapters only. Give --format opentslm" in message
+    )
     message = bench.refused(DATA, *export, "out", "--format", "opentslm")
     assert "OpenTSLM has no place for the parameter encoder.scale_in" in message
     assert "leave them out" in bench.refused(CONFIG, *export, "out", "--format", "opentslm", "--bits", 4)

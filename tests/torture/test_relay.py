@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("both_backends")
 
 
 def only(family: str, ending: type[relay.Ending], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the four relays."""
+    """One of the relays."""
     monkeypatch.setattr(relay, "FAMILIES", {family: relay.FAMILIES[family]})
     monkeypatch.setattr(relay, "ENDINGS", (ending,))
 

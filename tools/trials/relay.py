@@ -1,6 +1,7 @@
 """One run, four legs: MLX, torch, MLX, torch. It must be the run that either backend makes alone, moments included.
 
-A decoder, and an encoder and projector before the packaged 4-bit Llama, with gradient accumulation and without dropout.
+A decoder, an encoder and projector before the packaged 4-bit Llama, and DoRA on that Llama, with gradient accumulation
+and without dropout.
 Each leg is the real command with `--resume auto`. The legs end in two ways. Shorter runs: `training.max_steps` is
 raised from leg to leg, at a constant rate. Signals: SIGTERM comes in the last step of a leg, under a cosine schedule
 with warm-up over all four. The backends change inside an epoch.
@@ -55,7 +56,17 @@ dataset: {num_samples_train: 40, num_samples_validation: 8, num_samples_test: 16
 training: {batch_size: 3, grad_accumulation_steps: 2, learning_rate: 1e-3}
 evaluation: {metrics: [loss, accuracy], batch_size: 8}
 """
-FAMILIES = {"decoder": DECODER, "timeseries": TIMESERIES}
+PRETRAINED = """\
+model:
+  family: pretrained
+  llm_id: builtin/tiny-llama-4bit
+  lora: {rank: 4, alpha: 8, targets: [q_proj, up_proj], dora: true}
+  context_length: 32
+dataset: {format: corpus, num_samples_train: 40, num_samples_validation: 8, num_samples_test: 8}
+training: {batch_size: 3, grad_accumulation_steps: 2, learning_rate: 1e-3}
+evaluation: {metrics: [loss]}
+"""
+FAMILIES = {"decoder": DECODER, "timeseries": TIMESERIES, "pretrained": PRETRAINED}
 
 
 class Ending:
