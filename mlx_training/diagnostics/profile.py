@@ -165,9 +165,9 @@ def _timed_gradients(subject: Subject, batch: Batch) -> dict[str, float]:
     model, clock = subject.model, time.perf_counter
     marks: dict[str, float] = {}
 
-    def timed(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
-        def run(argument: Any) -> Any:
-            result = function(argument)
+    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            result = function(*args)
             _wait(result)
             marks[name] = clock()
             return result

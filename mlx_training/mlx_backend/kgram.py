@@ -73,7 +73,7 @@ class KgramCache:
         """A copy that holds these rows; this one stays valid."""
         assert self.past is not None, "nothing was read yet"
         copy = KgramCache([])
-        copy.past = self.past[mx.array(rows)]
+        copy.past = self.past[mx.array([*rows])]
         return copy
 
 

@@ -139,7 +139,7 @@ class RecurrentCache:
         """A copy that holds these rows; this one stays valid."""
         assert self.states is not None, "nothing was read yet"
         copy = RecurrentCache([])
-        copy.states = tuple(s[:, mx.array(rows)] for s in self.states)
+        copy.states = tuple(s[:, mx.array([*rows])] for s in self.states)
         return copy
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_training import evaluate, generate, trainer
+from mlx_training import trainer
 from mlx_training.checkpoint import CheckpointStore, verify
 from mlx_training.data.rows import write_rows
 from mlx_training.errors import MemoryExhaustedError
@@ -118,7 +118,7 @@ def test_memory_refused_while_answering(
     bench: Workbench, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.train("training.max_steps=1")
-    monkeypatch.setattr(generate if verb[0] == "generate" else evaluate, "greedy", refuse_memory)
+    monkeypatch.setattr(Generator, "answers", refuse_memory)
     message = bench.refused(MEMORY, verb[0], bench.run, *verb[1:])
     assert "Lower evaluation.batch_size" in message and str(bench.run / "config.yaml") in message
 

@@ -14,8 +14,9 @@ from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import load_config
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches
-from mlx_training.diagnostics.guard import Guard, _stands_still
+from mlx_training.diagnostics.guard import Guard
 from mlx_training.errors import DivergedError
+from mlx_training.objectives.lm import _stands_still, lm
 from tests.e2e.workbench import Workbench, contents, metrics
 
 SLOW = ("training.max_steps=12", "evaluation.every_steps=4", "checkpoint.every_steps=4", "checkpoint.keep=9")
@@ -100,8 +101,7 @@ def test_a_gradient_that_is_not_finite(tiny: Workbench, monkeypatch: pytest.Monk
         nothing = sums["loss"] - sums["loss"]
         return sums | {"loss": sums["loss"] + (nothing * nothing) ** 0.5}
 
-    lm = trainer.lm
-    monkeypatch.setattr(trainer, "lm", rooted)
+    monkeypatch.setattr(trainer, "training_objective", lambda spec: rooted)
     code, _, err = tiny.main("train", tiny.config, "diagnostics.max_skipped_steps=2")
     assert code == 4 and "diverged by step 2: loss" in err and "gradient norm nan; 2 updates in a row" in err
     assert "All outputs are finite; first not finite: the gradient of encoder.patch_embed.weight" in err
@@ -192,7 +192,7 @@ def test_the_guard_waits_for_the_step_before_and_never_for_the_current_one(tiny:
     )
     assembly = trainer.assemble(config)
     batch = assembly.data.train_batches().batch(0)
-    guard = Guard(assembly, backend, None, trainer.lm, run=tiny.run, step=0, skipped=3)
+    guard = Guard(assembly, backend, None, lm, run=tiny.run, step=0, skipped=3)
     steps = [
         {name: Scalar(1.0) for name in ("loss", "grad_norm")} | {"skipped": Scalar(s)}
         for s in (0.0, 1.0, 0.0, 1.0, 1.0, 0.0)
@@ -209,7 +209,7 @@ def test_the_guard_waits_for_the_step_before_and_never_for_the_current_one(tiny:
         guard.watch(6, steps[5], [batch])
     assert reads() == [1, 1, 1, 1, 1, 0] and sum(step["loss"].reads for step in steps) == 1
 
-    guard = Guard(assembly, backend, None, trainer.lm, run=tiny.run, step=0, skipped=0)
+    guard = Guard(assembly, backend, None, lm, run=tiny.run, step=0, skipped=0)
     guard.watch(1, steps[1], [batch])
     assert guard.read() == {"loss": 1.0, "grad_norm": 1.0, "skipped": 1}, "the log waits anyway"
     guard.watch(2, steps[0], [batch])

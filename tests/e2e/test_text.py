@@ -206,7 +206,7 @@ def test_keys_that_contradict_each_other(folder: Path, overrides: Sequence[str],
 
 
 def test_packing_is_for_families_that_read_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_training.config_language.DecoderConfig.reads_segments", False)
+    monkeypatch.setattr("mlx_training.config_decoder.DecoderConfig.reads_segments", False)
     with pytest.raises(ConfigError, match="dataset.packing: documents is read by the decoder family; "):
         config_of("dataset.packing=documents")
 

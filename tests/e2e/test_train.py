@@ -139,7 +139,7 @@ def test_a_decoder_on_text(tiny: Workbench) -> None:
     assert result["loss"] < metrics(tiny.run)[0]["loss"]
     assert tiny.json("evaluate", tiny.run) == result["eval"]
     assert tiny.json("evaluate", tiny.run, "--split", "validation")["tokens"] != result["eval"]["tokens"]
-    assert "language model on text" in tiny.refused(3, "generate", tiny.run, "--rows", tiny.data)
+    assert "is a language model; give it --prompt" in tiny.refused(3, "generate", tiny.run, "--rows", tiny.data)
     assert "no text in field 'text'" in tiny.refused(3, "evaluate", tiny.run, "--data", tiny.data)
     text = tiny.folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"The {i} is {i + 1} less one."}) + "\n" for i in range(60)))

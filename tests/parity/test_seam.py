@@ -10,7 +10,7 @@ import pytest
 from mlx_training.backend import PROBE, Arrays, Backend
 from mlx_training.data.batch import Batch
 from mlx_training.objectives.lm import lm
-from mlx_training.spec import PretrainedSpec, Spec
+from mlx_training.spec import DecoderSpec, PretrainedSpec, Spec
 from tests.parity.cases import CASES, OPTIM, batches, rates, realise, relative, specs
 
 pytestmark = pytest.mark.usefixtures("both_backends")
@@ -86,7 +86,7 @@ def test_activations(case: str, directory: Path) -> None:
     elif isinstance(spec, PretrainedSpec):
         expected |= {"lm.model.layers.0.mlp.down_proj.lora_A", "lm.model.layers.0.mlp.down_proj.base_layer"}
         expected |= {"lm.model.layers.0.mlp.down_proj", "lm.model.norm"}
-    else:
+    elif isinstance(spec, DecoderSpec):
         expected |= {"model.embed_tokens", "model.layers.1.self_attn", "model.layers.1", "model.norm"}
     assert expected <= set(common) and list(mlx)[-2:] == list(torch)[-2:] == ["inputs", "logprobs"]
     worst = {path: relative(mlx[path], torch[path]) for path in common}

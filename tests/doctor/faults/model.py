@@ -174,8 +174,8 @@ def causal_mask_missing(subject: Subject) -> None:
 def centred_smoothing(subject: Subject) -> None:
     """A convolution with "same" padding over the hidden states looks one token ahead."""
 
-    def smooth(hidden: Any, x: Any) -> Any:
-        h = hidden(x)
+    def smooth(hidden: Any, x: Any, batch: Any) -> Any:
+        h = hidden(x, batch)
         return framework(h).concatenate([0.5 * h[:, :-1] + 0.5 * h[:, 1:], h[:, -1:]], 1)
 
     override(subject.model, smooth, "hidden")
