@@ -16,6 +16,7 @@ from mlx_training import trainer
 from mlx_training.checkpoint import CheckpointStore, verify
 from mlx_training.data.rows import write_rows
 from mlx_training.errors import MemoryExhaustedError
+from mlx_training.generate import Generator
 from mlx_training.json_lines import read_metrics
 from mlx_training.memory import full_memory_explained, is_out_of_memory
 from tests.e2e.tiny import rows
