@@ -317,8 +317,11 @@ def test_curriculum_is_chained_and_has_the_published_numbers():
     stages = [load_config(f"timeseries/curriculum/stage{i}") for i in range(1, 6)]
     assert [s.training.num_epochs for s in stages] == [30, 20, 30, 60, 60]
     assert [s.training.init_from for s in stages] == [None, *[s.output_dir for s in stages[:-1]]]
-    for stage in stages:
-        assert stage.learning_rates == {"encoder": 2e-4, "projector": 1e-4}
+    for number, stage in enumerate(stages, start=1):
+        assert stage.learning_rates == {"encoder": 2e-4, "projector": 1e-4} | ({"lora": 1e-4} if number > 2 else {})
+        assert (stage.model.lora and (stage.model.lora.rank, stage.model.lora.alpha)) == (
+            (16, 32) if number > 2 else None
+        )
         assert (stage.training.warmup_fraction, stage.training.schedule) == (0.03, "linear")
         assert (stage.training.batch_size, stage.training.weight_decay) == (4, 1e-2)
         assert (stage.training.early_stopping_patience, stage.training.early_stopping_min_delta) == (5, 1e-4)
