@@ -101,6 +101,10 @@ def test_trajectory(case: str, directory: Path, record_property) -> None:
         "kgram-onehot",
         "kgram-embedding",
         "kgram-convolution",
+        "ssm-mamba",
+        "ssm-mamba2",
+        "ssm-s4d",
+        "ssm-stu-local",
     ],
 )
 @pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
