@@ -127,6 +127,9 @@ def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
             if value != default:
                 named = family if reader == "model.family" else key
                 yield Conflict((unread, reader), f"{reader}: {named} does not read it; remove it")
+    if isinstance(config.model, PretrainedConfig) and reads_text and data.packing == "documents":
+        message = "documents is read by the decoder family; a frozen LM reads windows"
+        yield Conflict(("dataset.packing", "model.family"), message)
     if isinstance(config.model, PretrainedConfig) and data.format not in TEXT + PROMPTS:
         message = f"given {data.format}; the pretrained family reads {', '.join(TEXT + PROMPTS)}"
         yield Conflict(("dataset.format", "model.family"), message)
