@@ -42,9 +42,6 @@ BASES: dict[str, tuple[str, ...]] = {
     "samples": ("evaluation.samples={prompts: [The series], every_steps: 2, max_new_tokens: 12, temperature: 1}",),
     "learned": ("model.decoder.positions=learned",),
     "ssm": (),
-    "ssm preset": (
-        "model.ssm={num_layers: 1, mixers: [mamba], num_filters: 24, num_heads: 4, window: 256, head_dim: 64}",
-    ),
     "text": ("dataset={path: text.jsonl, format: text}", *NO_LIMITS),
     "text file": ("dataset={path: text.txt, format: text}", *NO_LIMITS),
     "sources": (
@@ -168,7 +165,7 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.kgram.context_length", "kgram", "model.kgram.context_length=24", "data"),
     ("model.kgram.init_std", "kgram", "model.kgram.init_std=0.1", "losses"),
     ("model.preset", "kgram", "model.preset=kgram-onehot", "shapes"),
-    ("model.preset", "ssm preset", "model.preset=mamba-130m", "shapes"),
+    ("model.preset", "ssm", "model.preset=stu-small", "shapes"),
     ("model.ssm.hidden_size", "ssm", "model.ssm.hidden_size=32", "shapes"),
     ("model.ssm.num_layers", "ssm", "model.ssm.num_layers=4", "shapes"),
     ("model.ssm.mixers", "ssm", "model.ssm.mixers=[mamba, mamba2, s4d, local, stu]", "shapes"),

@@ -14,9 +14,9 @@ from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import load_config
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches
-from mlx_training.diagnostics.guard import Guard
+from mlx_training.diagnostics.guard import Guard, _stands_still
 from mlx_training.errors import DivergedError
-from mlx_training.objectives.lm import _stands_still, lm
+from mlx_training.objectives.lm import lm
 from tests.e2e.workbench import Workbench, contents, metrics
 
 SLOW = ("training.max_steps=12", "evaluation.every_steps=4", "checkpoint.every_steps=4", "checkpoint.keep=9")

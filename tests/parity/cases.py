@@ -53,8 +53,8 @@ def specs(directory: Path) -> dict[str, Spec]:
     bottleneck = small | {"head_dim": 4}
     rope = RopeScaling(8.0, 1.0, 4.0, original_context_length=16)
     resident = FrozenLM(directory, 64, VOCAB, weights="resident")
-    lora = AdapterSpec(find_linears(directory, ["q_proj", "v_proj"]), rank=4, alpha=6.0)
-    dora = AdapterSpec(find_linears(directory, ["layers.2.mlp.up_proj", "down_proj"]), rank=3, alpha=24.0, dora=True)
+    lora = AdapterSpec(_linears(directory, "q_proj", "v_proj"), rank=4, alpha=6.0)
+    dora = AdapterSpec(_linears(directory, "layers.2.mlp.up_proj", "down_proj"), rank=3, alpha=24.0, dora=True)
     return {
         "timeseries-published": published,
         "timeseries-ours": ours,
@@ -107,6 +107,11 @@ def specs(directory: Path) -> dict[str, Spec]:
             intermediate_size=24,
         ),
     }
+
+
+def _linears(directory: Path, *targets: str) -> tuple[tuple[str, int, int], ...]:
+    """The Linears of these names; none where only families without a frozen LM are asked for."""
+    return find_linears(directory, targets) if (directory / "config.json").is_file() else ()
 
 
 CASES = (

@@ -37,8 +37,8 @@ def rates(spec: Spec, rate: float) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_matrices_decay_and_nothing_else(case: str, directory: Path) -> None:
-    """Biases, norms, positions and sinks are not pulled towards zero."""
-    kept = ("encoder.pos_embed", "encoder.series_embed", "sink_k", "sink_v")
+    """Biases, norms, positions, sinks and the decay of states are not pulled towards zero."""
+    kept = ("encoder.pos_embed", "encoder.series_embed", "sink_k", "sink_v", "A_log", "A_imag")
     for name, param in specs(directory)[case].params().items():
         assert param.decay == (len(param.shape) > 1 and not name.endswith(kept)), name
 

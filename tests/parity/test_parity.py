@@ -179,19 +179,6 @@ def test_no_future_leak_and_series_are_read(backend_name: str, directory: Path) 
     assert abs(loss_of_first_answer_token(series=-batch.series) - before) > 1e-4
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in TIMESERIES])
-def test_no_future_leak_by_gradient(case: str, backend_name: str, directory: Path) -> None:
-    """The loss of one place moves with the embeddings up to it (of the last k tokens, if they are all it may see)."""
-    spec, place = specs(directory)[case], 9
-    (batch,) = batches(spec, 1)
-    only = batch.mask * (np.arange(batch.mask.shape[1]) == place)
-    backend, model = realise(backend_name, spec)
-    gradient = backend.gradients(model, lm, replace(batch, mask=only.astype(np.float32)), wrt="inputs")["inputs"]
-    reached = np.abs(gradient).max(axis=(0, 2)) > 0
-    first = place - getattr(spec, "k", place + 1) + 1
-    assert np.flatnonzero(reached).tolist() == list(range(first, place + 1))
-
-
 def test_padding_patches_do_nothing(backend_name: str, directory: Path) -> None:
     spec = specs(directory)["timeseries-ours"]
     (batch,) = batches(spec, 1)

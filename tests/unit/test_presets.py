@@ -12,7 +12,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import DecoderSpec
 from tests.parity.cases import realise
-from tests.unit.test_golden import PRESET_CASES, preset_spec
+from tests.unit.test_golden import PRESET_CASES, VOCABULARY, preset_spec
 
 SIZES = {"mainrun": (16_000, 7_717_504), "modern-llm-253m": (50_257, 252_925_952)}
 
@@ -68,10 +68,14 @@ def first_loss(spec: Any) -> float:
 
 @pytest.mark.parametrize("case", PRESET_CASES)
 def test_first_loss_is_that_of_a_guess(case: str) -> None:
-    """Within 3 % of ln V, at the preset's widths; two layers and a small vocabulary, to be quick."""
-    spec: Any = preset_spec(*PRESET_CASES[case], VOCAB_SIZE)
+    """Within 3 % of ln V, at the preset's widths; two layers and a small vocabulary, to be quick.
+
+    Mamba's tied head begins with a liking for the token that it reads, which drowns in a vocabulary of real size only.
+    """
+    vocab_size = VOCABULARY if "mamba" in case else VOCAB_SIZE
+    spec: Any = preset_spec(*PRESET_CASES[case], vocab_size)
     spec = replace(spec, num_layers=min(spec.num_layers, 2))
-    assert first_loss(spec) == pytest.approx(np.log(VOCAB_SIZE), rel=0.03)
+    assert first_loss(spec) == pytest.approx(np.log(vocab_size), rel=0.03)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
