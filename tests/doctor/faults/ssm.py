@@ -34,9 +34,7 @@ def kernel_turned_round(subject: Subject) -> None:
     override(find(subject.model, "backbone.layers.3.mixer"), backward)
 
 
-@fault(
-    "random_in_evaluation", "batch_remembered", "rows_mixed", case="ssm", backends=("torch",)
-)  # in MLX it would not outlive a trace
+@fault("random_in_evaluation", "batch_remembered", "rows_mixed", case="ssm", backends=("torch",))
 def state_of_the_batch_before(subject: Subject) -> None:
     """The state is kept between batches, so that a text begins where another one ended (MLX: not beyond a trace)."""
     kept: dict[str, Any] = {}
