@@ -15,6 +15,7 @@ from mlx_training import __version__, flags, verbs
 from mlx_training.errors import DataError, Interrupted, UserError
 from mlx_training.verbs import Result
 
+BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended; only where the work was not done
 CHECKPOINT = "checkpoint"  # what the names of some verbs begin with
 
 
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"mlx-training {__version__}")
         return 0
+    result: Result | None = None
     try:
         verb, args = parse(argv)
         if args.json:
@@ -242,8 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output is gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return BROKEN_PIPE if result is None else 0
     except OSError as error:
         if error.filename is None:
             raise

@@ -29,6 +29,7 @@ except ImportError:  # not on this system: the lock file is a note, not a lock
 
 LOCK, RESULT = "train.lock", "result.json"
 # Keys that may change when a run is continued: single ones, and sections (with their dot).
+OPTIMIZER_KEY = "training.optimizer"  # another one has other state
 LABELS = ("experiment.name", "experiment.tags", "experiment.notes", "output_dir", "logging.", "diagnostics.")
 STOPPING = ("training.early_stopping_patience", "training.early_stopping_min_delta")
 LENGTH = ("training.max_steps", "training.num_epochs")  # raised; or anything, once the run has finished
@@ -124,9 +125,17 @@ def find_checkpoint(
             "--resume auto, or set output_dir to a directory that does not exist yet; nothing was changed."
         )
     run = checkpoint.path.resolve().parents[1]
+    if not (run / "config.yaml").is_file():
+        print(f"warning: {run / 'config.yaml'} is gone: nothing tells what has changed since", file=sys.stderr)
     changed = _changes(run, assembly.config)
     if not _touches(changed, "dataset.", "model.tokenizer") and (other := _other_rows(checkpoint, assembly)):
         changed["dataset.path"] = other  # the same name, but not the same rows
+    if OPTIMIZER_KEY in changed:
+        old, new = changed[OPTIMIZER_KEY]
+        raise ConfigError(
+            f"{OPTIMIZER_KEY}: {old} -> {new}: {new} cannot go on with the state of {old}. Undo the change, or start "
+            f"another run from these weights: output_dir=... training.init_from={checkpoint.path}. Nothing was changed."
+        )
     _check_allowed(allow_change, assembly.config, changed)
     refused = [key for key in changed if not _passes(key, changed[key], assembly.config, _finished(checkpoint))]
     _check_unchanged(run, {key: changed[key] for key in refused if not _within(key, allow_change)})
@@ -254,7 +263,7 @@ def _check_continuable(assembly: Assembly, checkpoint: Checkpoint) -> None:
     Arrays are judged by the configuration while that is the one they were trained with.
     """
     _check_state(checkpoint)
-    if not _touches(_changes(checkpoint.path.resolve().parents[1], assembly.config), "model."):
+    if not _touches(_changes(checkpoint.path.resolve().parents[1], assembly.config), "model.", OPTIMIZER_KEY):
         _check_fits(assembly, checkpoint)
 
 
