@@ -83,6 +83,9 @@ def fill_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
     family, preset = model.get("family"), model.get("preset")
     if isinstance(family, str) and isinstance(preset, str) and preset in PRESETS.get(family, {}):
         filled["model"] = model = merge(PRESETS[family][preset], model)
+    decoder = model.get("decoder")
+    if isinstance(decoder, dict) and "rms_norm_eps" in decoder:  # its name when older runs were made
+        decoder.setdefault("norm_eps", decoder.pop("rms_norm_eps"))
     if model.get("layout") == "opentslm":
         default(section("encoder", model), "numeric_scale", False)
     if isinstance(family, str) and family in FAMILIES and family != "timeseries":
