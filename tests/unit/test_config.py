@@ -329,8 +329,8 @@ def test_curriculum_is_chained_and_has_the_published_numbers():
 
 
 def test_configurations_of_older_runs_are_read(write):
-    text = "model: {family: decoder, decoder: {rms_norm_eps: 0.001}}\ndataset: {format: corpus}\ntraining: {max_steps: 1}\n"
-    assert load_config(write(text)).model.decoder.norm_eps == 0.001
+    text = "model: {family: decoder, decoder: {rms_norm_eps: 0.001}}\ndataset: {format: corpus}\n"
+    assert load_config(write(text + "training: {max_steps: 1}\n")).model.decoder.norm_eps == 0.001
 
 
 def test_preset_fills_what_is_not_given(minimal):
