@@ -10,7 +10,6 @@ Each trial is a module of tools/trials and says there what it does and what it d
 import argparse
 import importlib
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # two threads under load: 100 times slower
     sys.path.insert(0, str(ROOT))  # so that `python tools/torture.py` finds its trials and this checkout
     from mlx_training.environment import installed_backends
+    from tools.evidence import header
 
     args = arguments(argv)
     sizes = {name: getattr(args, name) for name in TRIALS if getattr(args, name) is not None}
@@ -76,21 +76,6 @@ def told(name: str, size: int, seed: int, report: "Report", seconds: float) -> s
     verdict = f"skipped: {report.skipped}" if report.skipped else f"{len(report.failures)} failures"
     lines = [f"{name} {size}, seed {seed}: {verdict} ({seconds:.0f} s)", *(f"  {line}" for line in report.lines)]
     return "\n".join([*lines, *(f"  FAILED: {failure}" for failure in report.failures)])
-
-
-def header() -> str:
-    """Where and when results were made, and with which command."""
-    from mlx_training.environment import git_state, versions
-
-    git = git_state(ROOT) or {"commit": "unknown", "dirty": False}
-    known = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git["commit"] + (" with changes" if git["dirty"] else ""),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions()["packages"].items()),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-    return "".join(f"# {key}: {value}\n" for key, value in known.items())
 
 
 if __name__ == "__main__":
