@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ("families", "mainrun")
+RECORDS = ("families", "mainrun", "sinks", "sweeps", "vocabulary", "lora", "wikitext", "backends", "one_step_253m")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,9 +45,13 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         path, output = self.folder / f"{run}.yaml", self.folder / run
         known = {"experiment": {"name": run}, "output_dir": str(output)}
-        path.write_text(yaml.safe_dump(merged(QUIET, {**known, **config}), sort_keys=False))
+        self.write(path, {**known, **config})
         self.command("train", path, "--backend", backend, "--resume", "auto")
         return output
+
+    def write(self, path: Path, config: Mapping[str, Any]) -> None:
+        """A configuration as YAML."""
+        path.write_text(yaml.safe_dump(merged(QUIET, config), sort_keys=False))
 
     def evaluate(self, run: Path, *flags: str | Path) -> dict[str, Any]:
         """What `evaluate` says of a run's last checkpoint that was best."""
@@ -59,11 +63,16 @@ class Lab:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
+    def refused(self, *words: str | Path) -> str:
+        """The message of a command that is refused."""
+        command = [sys.executable, "-m", "mlx_training.cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stderr.strip()
+
     def cpu_seconds(self, config: Mapping[str, Any], backend: str = "torch") -> float:
         """CPU seconds of a training run in a new process, which leaves nothing behind."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.yaml"
-            path.write_text(yaml.safe_dump(merged(QUIET, {**config, "output_dir": f"{folder}/run"})))
+            self.write(path, {**config, "output_dir": f"{folder}/run"})
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             self.command("train", path, "--backend", backend)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
