@@ -186,7 +186,8 @@ def llm_sha256(spec: Spec) -> str | None:
 
 def open_backend(config: RunConfig, name: str | None = None) -> Backend:
     """The configured backend (or `name` in its place) with the configured device and precision."""
-    runtime = Runtime(config.device, config.training.precision, config.training.gradient_checkpointing)
+    levers = config.performance.model_dump()
+    runtime = Runtime(config.device, config.training.precision, config.training.gradient_checkpointing, **levers)
     return backends.get(resolve_backend(name or config.backend), runtime)
 
 

@@ -39,6 +39,8 @@ class Runtime:
     device: str = "auto"  # auto | cpu | gpu | cuda | mps
     precision: Literal["float32", "bfloat16"] = "float32"  # of the LM's activations; sums and states stay float32
     gradient_checkpointing: bool = False  # activations of a layer are computed again for its backward pass, not kept
+    frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"  # what stands before the series has no gradient
+    trim_last_layer: bool = True  # a frozen LM's last layer is computed at the places of labels only
 
 
 class Model(Protocol):

@@ -51,6 +51,7 @@ UNREAD = {
     ),
 }
 RECOMPUTED = ("decoder",)  # families that training.gradient_checkpointing is for
+LEVERS = {"frozen_prefix": ("timeseries",), "trim_last_layer": ("timeseries", "pretrained")}  # key -> its families
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
 
 
@@ -288,3 +289,8 @@ def _optimizer_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     if training.gradient_checkpointing and isinstance(config.model, DecoderConfig) and config.model.decoder.experts:
         message = "given true; the balance of experts would get lost on the way. Set it to false"
         yield Conflict(("training.gradient_checkpointing", "model.decoder.experts"), message)
+    for lever, families in LEVERS.items():
+        default = type(config.performance).model_fields[lever].default
+        if getattr(config.performance, lever) != default and config.model.family not in families:
+            message = f"the {config.model.family} family has nothing to spare there; it is for {', '.join(families)}"
+            yield Conflict((f"performance.{lever}", "model.family"), f"{message}. Leave it out")

@@ -56,6 +56,15 @@ class Evaluation(Section):
     """{prompts: [TEXT, ...], ...}: texts that a language model writes while it is trained; null: none."""
 
 
+class Performance(Section):
+    """What a step need not compute. Results stay the same; switch one off to see what it is worth."""
+
+    frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"
+    """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is kept."""
+    trim_last_layer: bool = True
+    """A frozen LM's last layer is computed at the places of labels only."""
+
+
 class CheckpointConfig(Section):
     every_steps: Count | None = None
     """Save after this many steps, and at the end; null: whenever the run is evaluated."""
@@ -98,6 +107,7 @@ class RunConfig(Section):
     model: ModelConfig
     dataset: Dataset = Dataset()
     training: Training = Training()
+    performance: Performance = Performance()
     evaluation: Evaluation = Evaluation()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: Logging = Logging()

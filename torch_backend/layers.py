@@ -102,6 +102,15 @@ class KVCache:
         self.left_padding = torch.tensor(left_padding)
         self.length = 0
 
+    @classmethod
+    def after(cls, past: Tensor, num_rows: int) -> "KVCache":
+        """A cache that begins with keys and values (2, layers, B or 1, K, S, D)."""
+        cache = cls(past.shape[1], [0] * num_rows)
+        cache.length = past.shape[-2]
+        keys, values = past.expand(-1, -1, num_rows, -1, -1, -1)
+        cache.keys, cache.values = list(keys), list(values)
+        return cache
+
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys and values of one layer; everything so far (B, K, S, D)."""
         old_k, old_v = self.keys[layer], self.values[layer]
@@ -158,6 +167,13 @@ class LanguageModel(nn.Module):
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V), float32."""
         raise AssertionError("a family defines this")
+
+    def past(self, batch: Batch) -> Tensor | None:
+        """Keys and values (2, layers, B or 1, heads, N, D) of leading places that training cannot change; None: none.
+
+        The batch still holds NumPy arrays.
+        """
+        return None
 
     def label_logits(self, batch: Batch) -> Tensor:
         """Logits at the label places, float32 (B, K, V): only those places meet the head, never (B, L, V)."""

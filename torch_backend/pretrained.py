@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
+from mlx_training.data.collate import agreeing
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
+from torch_backend.last_layer import last_layer_at
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
 
@@ -47,9 +50,15 @@ class PretrainedLM(nn.Module):
         x_BLH = self.model.embed_tokens(tokens_BL).to(self.model.norm.weight.dtype)  # packed rows come in float32
         return x_BLH if self.embed_scale == 1.0 else x_BLH * torch.tensor(self.embed_scale, dtype=x_BLH.dtype)
 
-    def hidden(self, x_BLH: Tensor) -> Tensor:
-        """Final hidden states (B, L, H). Rows are padded at the end only, so a causal model needs no mask."""
-        return self.model(inputs_embeds=x_BLH, use_cache=False).last_hidden_state
+    def hidden(self, x_BLH: Tensor, places_BK: Tensor | None = None, past: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, L, H), or those of some places (B, K, H).
+
+        Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `KVCache.after`.
+        """
+        with last_layer_at(self.model.layers, places_BK):
+            if past is not None:
+                return self.extend(x_BLH, KVCache.after(past, x_BLH.shape[0]))
+            return self.model(inputs_embeds=x_BLH, use_cache=False).last_hidden_state
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V), float32."""
@@ -99,9 +108,12 @@ class PretrainedLM(nn.Module):
 class PretrainedModel(LanguageModel):
     """A frozen LM on text, with what is trained on it."""
 
-    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM) -> None:
+    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM, runtime: Runtime) -> None:
         super().__init__()
         self.lm = lm
+        self.frozen_prefix = "off" if spec.adapter else runtime.frozen_prefix  # adapters train everywhere
+        self.trim_last_layer = runtime.trim_last_layer
+        self._kept: tuple[np.ndarray, Tensor | None] | None = None  # what all rows so far began with, and its `past`
 
     def inputs(self, batch: Batch) -> Tensor:
         return self.lm.embed(batch.tokens)
@@ -109,6 +121,49 @@ class PretrainedModel(LanguageModel):
     def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
         assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
         return self.lm.hidden(x_BLH)
+
+    @torch.no_grad()
+    def past(self, batch: Batch) -> Tensor | None:
+        if not batch.prefix or self.frozen_prefix == "off":
+            return None
+        tokens = batch.tokens[:, : batch.prefix]
+        kept = self._common(tokens)
+        if kept is not None and kept.shape[-2] == batch.prefix:
+            return kept
+        return self._read(tokens, kept)
+
+    def _common(self, tokens: np.ndarray) -> Tensor | None:
+        """`past` of what all rows of all batches began with so far, one row; None: nothing."""
+        if self.frozen_prefix == "compute":
+            return None
+        if self._kept is None:
+            shared = agreeing(tokens, tokens[0])
+            self._kept = tokens[0, :shared], self._read(tokens[:1, :shared], None) if shared else None
+        known, past = self._kept
+        shared = agreeing(tokens, known)
+        if past is not None and shared < len(known):
+            past = past[..., :shared, :] if shared else None
+            self._kept = known[:shared], past
+        return past
+
+    def _read(self, tokens: np.ndarray, past: Tensor | None) -> Tensor:
+        """Keys and values of tokens (B, N), whose first ones may be known."""
+        num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
+        cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
+        new = torch.from_numpy(tokens[:, num_known:]).long().to(self.lm.model.norm.weight.device)
+        self.lm.extend(self.lm.embed(new), cache)
+        return torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])
+
+    def label_logits(self, batch: Batch) -> Tensor:
+        """Logits at the label places. What stands before the series and at no label is computed where it must be."""
+        x_BLH, places_BK = self.inputs(batch), batch.positions
+        if batch.past is not None:
+            num_read = batch.past.shape[-2]
+            x_BLH, places_BK = x_BLH[:, num_read:], (places_BK - num_read).clamp(min=0)
+        if places_BK is not None and self.trim_last_layer:
+            return self.head(self.lm.hidden(x_BLH, places_BK, batch.past))
+        h = self.lm.hidden(x_BLH, past=batch.past)
+        return self.head(h if places_BK is None else h.gather(1, places_BK[..., None].expand(-1, -1, h.shape[-1])))
 
     def head(self, h: Tensor) -> Tensor:
         return self.lm.head(h)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
 from torch_backend.layers import RMSNorm, attention
@@ -115,8 +116,8 @@ class Projector(nn.Module):
 class TimeSeriesLM(PretrainedModel):
     """A frozen LM that reads patches where a row's series stand."""
 
-    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM) -> None:
-        super().__init__(spec, lm)
+    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM, runtime: Runtime) -> None:
+        super().__init__(spec, lm, runtime)
         self.encoder = Encoder(spec.encoder)
         self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
         self.train_lm_head = spec.train_lm_head

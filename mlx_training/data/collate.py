@@ -1,6 +1,6 @@
 """Collate: encoded rows become one Batch, padded at the end, with few distinct shapes.
 
-L is a multiple of 16, K and P of 4; S is exact when every row has the same number of series, else a
+L is a multiple of 16, the prefix of 8, K and P of 4; S is exact when every row has the same number of series, else a
 multiple of 4. Every distinct shape is compiled once, so the roundings bound the number of compilations.
 """
 
@@ -11,6 +11,8 @@ import numpy as np
 from mlx_training.data.batch import Batch
 from mlx_training.data.prompt import Encoded
 from mlx_training.data.series import round_up
+
+PREFIX_STEP = 8  # a prefix is cut to a multiple of it
 
 
 def collate(encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int = 0, round_to: int = 16) -> Batch:
@@ -25,6 +27,13 @@ def collate(encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int
         targets[b, :count] = item.tokens[item.prompt_length :]
         mask[b, :count] = 1
     return _batch(encoded, rows, targets, mask, positions, pad_id, round_to)
+
+
+def agreeing(tokens: np.ndarray, known: np.ndarray) -> int:
+    """How many leading places of all rows of tokens (B, N) are those of `known` (M,), in steps of PREFIX_STEP."""
+    length = min(tokens.shape[1], len(known))
+    differs = (tokens[:, :length] != known[:length]).any(0)
+    return int(np.argmax(differs) if differs.any() else length) // PREFIX_STEP * PREFIX_STEP
 
 
 def collate_prompts(
@@ -74,12 +83,15 @@ def _batch(
         ranges = [np.arange(start, start + count) for start, count in zip(starts, item.num_patches, strict=True)]
         patch_index[b, : len(item)] = np.concatenate([[0], *ranges])[item.patch_place]
         s += len(item.series)
+    before_series = [int(np.argmax(item.patch_place > 0)) if item.series else len(item) for item in encoded]
+    before_labels = [item.prompt_length - 1 for item in encoded]
     return Batch(
         tokens,
         targets,
         mask,
         lengths,
         positions,
+        prefix=min(*before_series, *before_labels) // PREFIX_STEP * PREFIX_STEP,
         series=samples,
         scale=scale,
         num_patches=num_patches,

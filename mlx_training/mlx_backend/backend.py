@@ -55,7 +55,10 @@ class Backend:
             )
             if spec.adapter:
                 adapt(lm, spec.adapter)
-            model = TimeSeriesLM(spec, lm) if isinstance(spec, TimeSeriesSpec) else PretrainedModel(spec, lm)
+            if isinstance(spec, TimeSeriesSpec):
+                model = TimeSeriesLM(spec, lm, self.runtime)
+            else:
+                model = PretrainedModel(spec, lm, self.runtime)
         else:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
@@ -76,7 +79,7 @@ class Backend:
 
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:
         model.eval()
-        sums = objective(model, self.to_device(batch))
+        sums = objective(model, replace(self.to_device(batch), past=model.past(batch)))
         return {name: float(value) for name, value in sums.items()}
 
     def score_tokens(self, model: LanguageModel, batch: Batch) -> Arrays:

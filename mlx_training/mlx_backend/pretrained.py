@@ -17,8 +17,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
+from mlx_training.data.collate import agreeing
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.mlx_backend.last_layer import last_layer_at
 from mlx_training.mlx_backend.layers import KVCache, LanguageModel
 from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quantized
 from mlx_training.spec import PretrainedSpec
@@ -48,9 +51,15 @@ class PretrainedLM(nn.Module):
         x_BLH = self.model.embed_tokens(tokens_BL)
         return x_BLH if self.embed_scale == 1.0 else x_BLH * mx.array(self.embed_scale, x_BLH.dtype)
 
-    def hidden(self, x_BLH: mx.array) -> mx.array:
-        """Final hidden states (B, L, H). Rows are padded at the end only, so a causal model needs no mask."""
-        return self.model(None, input_embeddings=x_BLH)
+    def hidden(self, x_BLH: mx.array, places_BK: mx.array | None = None, past: mx.array | None = None) -> mx.array:
+        """Final hidden states (B, L, H), or those of some places (B, K, H).
+
+        Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `KVCache.after`.
+        """
+        with last_layer_at(self.model.layers, places_BK):
+            if past is not None:
+                return self.extend(x_BLH, KVCache.after(past, x_BLH.shape[0]))
+            return self.model(None, input_embeddings=x_BLH)
 
     def head(self, h: mx.array) -> mx.array:
         """Logits (..., V), float32."""
@@ -77,9 +86,12 @@ class PretrainedLM(nn.Module):
 class PretrainedModel(LanguageModel):
     """A frozen LM on text, with what is trained on it."""
 
-    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM) -> None:
+    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM, runtime: Runtime) -> None:
         super().__init__()
         self.lm = lm
+        self.frozen_prefix = "off" if spec.adapter else runtime.frozen_prefix  # adapters train everywhere
+        self.trim_last_layer = runtime.trim_last_layer
+        self._kept: tuple[np.ndarray, mx.array | None] | None = None  # what all rows so far began with, and its `past`
 
     def inputs(self, batch: Batch) -> mx.array:
         return self.lm.embed(batch.tokens)
@@ -87,6 +99,47 @@ class PretrainedModel(LanguageModel):
     def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
         assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
         return self.lm.hidden(x_BLH)
+
+    def past(self, batch: Batch) -> mx.array | None:
+        if not batch.prefix or self.frozen_prefix == "off":
+            return None
+        tokens = batch.tokens[:, : batch.prefix]
+        kept = self._common(tokens)
+        if kept is not None and kept.shape[-2] == batch.prefix:
+            return kept
+        return self._read(tokens, kept)
+
+    def _common(self, tokens: np.ndarray) -> mx.array | None:
+        """`past` of what all rows of all batches began with so far, one row; None: nothing."""
+        if self.frozen_prefix == "compute":
+            return None
+        if self._kept is None:
+            shared = agreeing(tokens, tokens[0])
+            self._kept = tokens[0, :shared], self._read(tokens[:1, :shared], None) if shared else None
+        known, past = self._kept
+        shared = agreeing(tokens, known)
+        if past is not None and shared < len(known):
+            past = past[..., :shared, :] if shared else None
+            self._kept = known[:shared], past
+        return past
+
+    def _read(self, tokens: np.ndarray, past: mx.array | None) -> mx.array:
+        """Keys and values of tokens (B, N), whose first ones may be known."""
+        num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
+        cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
+        self.lm.extend(self.lm.embed(mx.array(tokens[:, num_known:])), cache)
+        return mx.stack([mx.stack(cache.keys), mx.stack(cache.values)])
+
+    def label_logits(self, batch: Batch) -> mx.array:
+        """Logits at the label places. What stands before the series and at no label is computed where it must be."""
+        x_BLH, places_BK = self.inputs(batch), batch.positions
+        if batch.past is not None:
+            num_read = batch.past.shape[-2]
+            x_BLH, places_BK = x_BLH[:, num_read:], mx.maximum(places_BK - num_read, 0)
+        if places_BK is not None and self.trim_last_layer:
+            return self.head(self.lm.hidden(x_BLH, places_BK, batch.past))
+        h = self.lm.hidden(x_BLH, past=batch.past)
+        return self.head(h if places_BK is None else mx.take_along_axis(h, places_BK[..., None], axis=1))
 
     def head(self, h: mx.array) -> mx.array:
         return self.lm.head(h)

@@ -1,5 +1,6 @@
 """The models and batches of the parity suite: small, ragged, float32."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,10 @@ def _rows(rng: np.random.Generator, batch_size: int) -> Batch:
     return collate([encoded_row(rng, int(rng.integers(1, 3))) for _ in range(batch_size)], range(batch_size))
 
 
-def encoded_row(rng: np.random.Generator, num_series: int) -> Encoded:
+def encoded_row(rng: np.random.Generator, num_series: int, instruction: Sequence[int] = ()) -> Encoded:
     """A prompt of random words with `num_series` noisy lines; the answer is the direction of the first."""
     direction = int(rng.integers(2))
-    tokens, places, series, counts = [1], [0], [], []
+    tokens, places, series, counts = [1, *instruction], [0] * (1 + len(instruction)), [], []
     for index in range(num_series):
         words = rng.integers(3, VOCAB, rng.integers(1, 6)).tolist()
         patches = int(rng.integers(2, 11))
