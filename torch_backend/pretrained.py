@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
-from mlx_training.data.collate import agreeing
+from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
 from torch_backend.last_layer import last_layer_at
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
+
+NUM_KEPT = 4  # beginnings that rows share
 
 
 class PretrainedLM(nn.Module):
@@ -113,7 +115,7 @@ class PretrainedModel(LanguageModel):
         self.lm = lm
         self.frozen_prefix = "off" if spec.adapter else runtime.frozen_prefix  # adapters train everywhere
         self.trim_last_layer = runtime.trim_last_layer
-        self._kept: tuple[np.ndarray, Tensor | None] | None = None  # what all rows so far began with, and its `past`
+        self._kept: dict[bytes, Tensor] = {}  # tokens that all rows of a batch began with -> their `past`
 
     def inputs(self, batch: Batch) -> Tensor:
         return self.lm.embed(batch.tokens)
@@ -127,24 +129,16 @@ class PretrainedModel(LanguageModel):
         if not batch.prefix or self.frozen_prefix == "off":
             return None
         tokens = batch.tokens[:, : batch.prefix]
-        kept = self._common(tokens)
-        if kept is not None and kept.shape[-2] == batch.prefix:
-            return kept
-        return self._read(tokens, kept)
+        num_common = 0 if self.frozen_prefix == "compute" else common_prefix(tokens)
+        common = self._kept_past(tokens[:1, :num_common]) if num_common else None
+        return common if num_common == batch.prefix else self._read(tokens, common)
 
-    def _common(self, tokens: np.ndarray) -> Tensor | None:
-        """`past` of what all rows of all batches began with so far, one row; None: nothing."""
-        if self.frozen_prefix == "compute":
-            return None
-        if self._kept is None:
-            shared = agreeing(tokens, tokens[0])
-            self._kept = tokens[0, :shared], self._read(tokens[:1, :shared], None) if shared else None
-        known, past = self._kept
-        shared = agreeing(tokens, known)
-        if past is not None and shared < len(known):
-            past = past[..., :shared, :] if shared else None
-            self._kept = known[:shared], past
-        return past
+    def _kept_past(self, tokens: np.ndarray) -> Tensor:
+        """`past` of one row; a function of its tokens to the bit, so that a resumed run finds the same."""
+        key = tokens.tobytes()
+        if key not in self._kept:
+            self._kept = {k: self._kept[k] for k in list(self._kept)[1 - NUM_KEPT :]} | {key: self._read(tokens, None)}
+        return self._kept[key]
 
     def _read(self, tokens: np.ndarray, past: Tensor | None) -> Tensor:
         """Keys and values of tokens (B, N), whose first ones may be known."""

@@ -29,11 +29,10 @@ def collate(encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int
     return _batch(encoded, rows, targets, mask, positions, pad_id, round_to)
 
 
-def agreeing(tokens: np.ndarray, known: np.ndarray) -> int:
-    """How many leading places of all rows of tokens (B, N) are those of `known` (M,), in steps of PREFIX_STEP."""
-    length = min(tokens.shape[1], len(known))
-    differs = (tokens[:, :length] != known[:length]).any(0)
-    return int(np.argmax(differs) if differs.any() else length) // PREFIX_STEP * PREFIX_STEP
+def common_prefix(tokens: np.ndarray) -> int:
+    """How many leading places are alike in all rows of tokens (B, N), in steps of PREFIX_STEP."""
+    differs = (tokens != tokens[0]).any(0)
+    return int(np.argmax(differs) if differs.any() else differs.size) // PREFIX_STEP * PREFIX_STEP
 
 
 def collate_prompts(

@@ -20,7 +20,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "kgram-conv": ("kgram", {**KGRAM, "form": "convolution", "embed_size": 256, "hidden_size": 612}),
     "mingpt": ("decoder", {**DECODER, **GPT, "intermediate_size": 512}),
     "llama": ("decoder", {**DECODER, "intermediate_size": 344}),
-    "mamba": ("ssm", {"hidden_size": 128, "num_layers": 8}),
+    "mamba2": ("ssm", {"mixers": ["mamba2"], "hidden_size": 128, "num_layers": 9}),
 }
 
 

@@ -1,7 +1,7 @@
 """A vocabulary of 32,102 (BPE of 32,002 with its specials, and a hundred sentinels) on issues, then on their patches.
 
-The tokenizer is trained on the issues, the patches and every text there is: issues alone have too few merges. A Mamba
-reads the issues first; from there it learns the patches, left to right and with gaps to fill (fill in the middle).
+The tokenizer is trained on the issues, the patches and every text there is: issues alone have too few merges. A
+Mamba-2 reads the issues first; from there it learns the patches, left to right and with gaps to fill (fill in the middle).
 Scores of the held-out twentieth of each, from every checkpoint.
 """
 
@@ -38,7 +38,7 @@ def config(lab: Lab, column: str, tokenizer: Path, **training: Any) -> dict[str,
             "family": "ssm",
             "tokenizer": str(tokenizer),
             "vocab_size": VOCABULARY,
-            "ssm": {"hidden_size": 96, "num_layers": 3, "context_length": 128},
+            "ssm": {"mixers": ["mamba2"], "hidden_size": 96, "num_layers": 3, "context_length": 128},
         },
         "dataset": {
             "format": "text",
