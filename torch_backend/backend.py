@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -76,12 +77,12 @@ class Backend:
         return {name: p.detach().float().cpu().numpy().copy() for name, p in self._trainable(model).items()}
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
-        return Step(model, model.spec, objective, optim, seed=seed, to_device=self.to_device)
+        return Step(model, model.spec, objective, optim, seed=seed, to_device=partial(self._ready, model))
 
     @torch.no_grad()
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:
         model.eval()
-        sums = objective(model, replace(self.to_device(batch), past=model.past(batch)))
+        sums = objective(model, self._ready(model, batch))
         return {name: float(value) for name, value in sums.items()}
 
     @torch.no_grad()
@@ -174,6 +175,11 @@ class Backend:
                 tensor = tensor.long()
             tensors[name] = tensor.to(self.device, non_blocking=True)
         return Batch(**tensors, rows=batch.rows)
+
+    def _ready(self, model: LanguageModel, batch: Batch) -> Batch:
+        """The batch on the device, with what the model need not compute again for each of its gradients."""
+        past = model.past(batch) if isinstance(model, LanguageModel) else None  # somebody's own model is none
+        return replace(self.to_device(batch), past=past)
 
     def _trainable(self, model: LanguageModel) -> dict[str, torch.nn.Parameter]:
         parameters = dict(model.named_parameters())

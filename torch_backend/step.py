@@ -1,7 +1,6 @@
 """One optimiser step in PyTorch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Step:
         self.model.train()
         for p in self.parameters.values():
             p.grad = None
-        sums = [self._backward(replace(self.to_device(b), past=self.model.past(b))) for b in batches]
+        sums = [self._backward(self.to_device(batch)) for batch in batches]
         loss, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
         # zero where a batch did not use the parameter: it decays all the same
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -75,11 +76,11 @@ class Backend:
         return {name: np.array(p.astype(mx.float32)) for name, p in self._trainable(model).items()}
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
-        return Step(model, model.spec, objective, optim, seed=seed, to_device=self.to_device)
+        return Step(model, model.spec, objective, optim, seed=seed, to_device=partial(self._ready, model))
 
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:
         model.eval()
-        sums = objective(model, replace(self.to_device(batch), past=model.past(batch)))
+        sums = objective(model, self._ready(model, batch))
         return {name: float(value) for name, value in sums.items()}
 
     def score_tokens(self, model: LanguageModel, batch: Batch) -> Arrays:
@@ -175,6 +176,11 @@ class Backend:
         """The batch as MLX arrays."""
         arrays: dict[str, Any] = {name: mx.array(array) for name, array in batch.arrays().items()}
         return Batch(**arrays, rows=batch.rows)
+
+    def _ready(self, model: LanguageModel, batch: Batch) -> Batch:
+        """The batch on the device, with what the model need not compute again for each of its gradients."""
+        past = model.past(batch) if isinstance(model, LanguageModel) else None  # somebody's own model is none
+        return replace(self.to_device(batch), past=past)
 
     def _trainable(self, model: LanguageModel) -> dict[str, mx.array]:
         parameters = dict(tree_flatten(model.parameters()))

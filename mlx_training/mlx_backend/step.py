@@ -1,7 +1,6 @@
 """One optimiser step in MLX."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -61,7 +60,7 @@ class Step:
         mx.random.seed(step_seed(self.seed, step))
         self.model.train()
         rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
-        arrays = [replace(self.to_device(batch), past=self.model.past(batch)).arrays() for batch in batches]
+        arrays = [self.to_device(batch).arrays() for batch in batches]
         parameters, states = self._parameters(), (self.state, self.taken)
         before = parameters
         if len(arrays) == 1 and not probe:

@@ -1,8 +1,8 @@
 """A vocabulary of 32,102 (BPE of 32,002 with its specials, and a hundred sentinels) on issues, then on their patches.
 
 The tokenizer is trained on the issues, the patches and every text there is: issues alone have too few merges. A
-Mamba-2 reads the issues first; from there it learns the patches, left to right and with gaps to fill (fill in the middle).
-Scores of the held-out twentieth of each, from every checkpoint.
+Mamba-2 reads the issues first; from there it learns the patches, left to right and with gaps to fill (fill in the
+middle). Scores of the held-out twentieth of each, from every checkpoint.
 """
 
 import json
