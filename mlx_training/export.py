@@ -16,12 +16,14 @@ from mlx_training.config_model import DecoderConfig, LanguageConfig, PretrainedC
 from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import CheckpointError, ConfigError
+from mlx_training.huggingface import to_huggingface
+from mlx_training.llm_config import FAMILIES
 from mlx_training.llm_source import GROUP_SIZES, describe_llm, resolve_llm
 from mlx_training.merge import merge_and_quantize, merge_directory
 from mlx_training.opentslm import write_opentslm
 from mlx_training.pretrained import pretrained_spec
 from mlx_training.quantize import quantize_directory
-from mlx_training.spec import Spec, SSMSpec
+from mlx_training.spec import Spec
 
 FORMATS = {  # and what each can hold: runs of a family, or the adapters of a run
     "hf": ("decoder", "ssm", "adapters"),
@@ -93,25 +95,24 @@ def export_huggingface(run: Path, target: Path) -> str:
     source = _tokenizer_of(config.model, run)
     tokenizer = Tokenizer.load(source)
     spec = config.model.spec(vocabulary_size(config.model, tokenizer))
-    kind, misfits = ("Mamba", spec.not_mamba()) if isinstance(spec, SSMSpec) else ("Llama", spec.not_llama())
-    if misfits:
-        raise ConfigError(
-            f"{run}: Hugging Face's {kind} has no {', '.join(misfits)}; this model cannot be exported as one"
-        )
     checkpoint = CheckpointStore(run).best_or_latest()
     shapes = {name: array.shape for name, array in checkpoint.model.items()}
     check_shapes({name: p.shape for name, p in spec.params().items()}, shapes, str(checkpoint.path))
+    special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    try:
+        described, arrays = to_huggingface(spec, checkpoint.model, **special)
+    except ConfigError as error:
+        raise ConfigError(f"{run}: {error}") from None
     target.mkdir(parents=True, exist_ok=True)
     if (source / "tokenizer.json").is_file() or (source / "tokenizer.model").is_file():
         for file in sorted(source.glob("*token*")):  # tokenizer.json, tokenizer_config.json, tokenizer.model, ...
             (target / file.name).write_bytes(file.read_bytes())
     else:  # files of GPT-2 or tiktoken
         tokenizer.save(target)
-    save_file(checkpoint.model, target / "model.safetensors", metadata={"format": "pt"})
-    special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    (target / "config.json").write_text(json.dumps(spec.hf_config(**special), indent=1) + "\n")
+    save_file(arrays, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(described, indent=1) + "\n")
     (target / "generation_config.json").write_text(json.dumps(special, indent=1) + "\n")
-    return f"{len(shapes)} float32 arrays of step {checkpoint.step}"
+    return f"{len(arrays)} float32 arrays of step {checkpoint.step}"
 
 
 def export_opentslm(run: Path, out: Path) -> str:
@@ -195,7 +196,12 @@ def _export_mlx(run: Path, target: Path, bits: int | None, group_size: int | Non
     bits, group_size = bits or 4, group_size or 64
     scratch = target / "float"
     written = export_huggingface(run, scratch)
-    width = json.loads((scratch / "config.json").read_text())["hidden_size"]
+    described = json.loads((scratch / "config.json").read_text())
+    if described["model_type"] not in FAMILIES or described.get("sliding_window"):
+        raise ConfigError(
+            f"{run}: --format mlx holds Llama and Qwen3, this is a {described['model_type']}: give --format hf"
+        )
+    width = described["hidden_size"]
     if width % group_size:
         fitting = [str(size) for size in GROUP_SIZES if width % size == 0]
         advice = f"--group-size {' or '.join(fitting)}" if fitting else "--format hf, which keeps float32"

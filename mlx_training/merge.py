@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -19,8 +20,8 @@ FORMAT = {"format": "pt"}
 class Weights:
     """The weights of a model's directory; each is expanded to float32 when it is asked for."""
 
-    def __init__(self, directory: Path) -> None:
-        self.config = read_llm_config(directory)
+    def __init__(self, directory: Path, config: dict[str, Any] | None = None) -> None:
+        self.config = config or read_llm_config(directory)
         self.files: dict[str, list[str]] = {}  # names by file, packed layers as one weight
         self.stored: dict[str, tuple[str, np.ndarray]] = {}
         for file in weight_files(directory):

@@ -15,7 +15,7 @@ from mlx_training.generate import generate_rows
 from mlx_training.hf_mamba import read_mamba
 from mlx_training.llm_source import describe_llm
 from mlx_training.opentslm import read_opentslm
-from tests.e2e.tiny import decoder_config, language_config
+from tests.e2e.tiny import decoder_config, language_config, pretrained_config
 from tests.e2e.workbench import CONFIG, DATA, Workbench, contents, flip_a_bit, truncate
 from tools.opentslm_checkpoint import import_file
 
@@ -210,8 +210,17 @@ def test_export_hugging_face_and_mlx(tiny: Workbench) -> None:
     assert describe_llm(Path("out/q4")).quantization == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert not list(Path("out").glob(".tmp*")) and not list(Path("out/q4").glob("float*"))
     tiny.__post_init__()
-    tiny.train("model.llm_id=./out/q4", "output_dir=on_it", "evaluation.every_steps=4")
-    assert len(generate_rows(Path("on_it"), tiny.data)["rows"]) == 32
+    for packed in ("q4", "q8"):
+        tiny.train(f"model.llm_id=./out/{packed}", f"output_dir=on_{packed}", "evaluation.every_steps=4")
+    assert len(generate_rows(Path("on_q4"), tiny.data)["rows"]) == 32
+    texts = tiny.folder / "texts.txt"
+    texts.write_text("The line rises and falls. " * 200)
+    book = ["--data", texts, "--context-length", 16, "--backend", tiny.backend]
+    dense = tiny.json("evaluate", tiny.run, *book)["loss"]
+    for packed, error in (("q4", 0.05), ("q8", 0.003)):  # adapters that have not learned change nothing
+        tiny.write(pretrained_config(Path(f"./out/{packed}"), texts, tiny.folder / f"lora_{packed}"))
+        tiny.train("training.learning_rate=1e-12")
+        assert tiny.json("evaluate", f"lora_{packed}", *book)["loss"] == pytest.approx(dense, abs=error)
 
 
 def test_export_needs_no_training_text(bench: Workbench) -> None:

@@ -9,8 +9,10 @@ import pytest
 from mlx_training.backend import get
 from mlx_training.data.batch import Batch
 from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.huggingface import read_huggingface
 from mlx_training.quantize import quantize_directory
 from tests.parity import lm_driver
+from tests.parity.cases import realise
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,17 @@ def test_logits(backend_name, golden, directory):
     for case, expected in zip(golden["cases"], golden["logits"], strict=True):
         actual = lm_driver.logits(backend_name, lm, np.array([case["input_ids"]]))
         np.testing.assert_allclose(actual[0], expected, rtol=0, atol=1e-4)
+
+
+def test_logits_of_a_trainable_model(both_backends, golden, directory):
+    """The same files read as a decoder that trains."""
+    spec, arrays = read_huggingface(directory)
+    for name in both_backends:
+        backend, model = realise(name, spec)
+        backend.load(model, arrays)
+        for case, expected in zip(golden["cases"], golden["logits"], strict=True):
+            logits = model.logits(backend.to_device(_prompts([case["input_ids"]])))
+            np.testing.assert_allclose(np.array(logits.tolist())[0], expected, rtol=0, atol=1e-4)
 
 
 def test_published_greedy_text(backend_name, golden, directory, tokenizer):
