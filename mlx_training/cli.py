@@ -156,6 +156,13 @@ VERBS: dict[str, Verb] = {
         verbs.checkpoint_export,
         _show_tree,
     ),
+    "checkpoint import": Verb(
+        "make a run of a Hugging Face model: GPT-2, Llama, Mistral, Qwen3 or Mamba",
+        "mlx-training checkpoint import ./gpt2 --to runs/gpt2",
+        flags.checkpoint_import,
+        verbs.checkpoint_import,
+        _show_tree,
+    ),
     "env": Verb(
         "backends, devices and versions on this machine",
         "mlx-training env --json",

@@ -72,4 +72,4 @@ class Training(Section):
     early_stopping_min_delta: Rate = 0.0
     """The least improvement that counts as better."""
     init_from: str | None = None
-    """A run, checkpoint or adapter directory whose weights this run starts from: strict, a fresh optimiser."""
+    """A run, checkpoint, adapter or Hugging Face directory with this run's first weights: strict, a fresh optimiser."""

@@ -158,3 +158,13 @@ def checkpoint_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), help="of --format mlx; default: that of the base, else 64"
     )
+
+
+def checkpoint_import(parser: argparse.ArgumentParser) -> None:
+    """`checkpoint import`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory in Hugging Face's format (gpt2, llama, mistral, qwen3, mamba), or hub id",
+    )
+    parser.add_argument("--to", metavar="RUN", type=Path, required=True, help="run directory to make")

@@ -1,4 +1,4 @@
-"""What a run starts from (`training.init_from`): another run, an OpenTSLM file, adapters of PEFT or mlx-lm."""
+"""What a run starts from (`training.init_from`): another run, a model of Hugging Face's, an OpenTSLM file, adapters."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from mlx_training.adapters import Adapter, check_adapter, is_adapter, kept_adapt
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import STEP_DIRECTORY
 from mlx_training.errors import CheckpointError
+from mlx_training.huggingface import check_same_model, read_huggingface
 from mlx_training.opentslm import read_opentslm
 from mlx_training.spec import PretrainedSpec, Spec
 
@@ -18,15 +19,17 @@ Arrays = dict[str, np.ndarray]
 def load_initial(source: str | Path, spec: Spec, fresh: Arrays) -> Arrays:
     """Every parameter of `spec`, from `source`: exactly its names and shapes, and nothing of it is left out.
 
-    `source` is a run directory (its best checkpoint, else its latest), a checkpoint directory, an OpenTSLM
-    `model_checkpoint.pt`, or a directory of adapters. `fresh` holds the initial values: adapters start from them where
-    the source has none, and everything else where it has nothing but adapters; both are said.
+    `source` is a run directory (its best checkpoint, else its latest), a checkpoint directory, a model directory in
+    Hugging Face's format, an OpenTSLM `model_checkpoint.pt`, or a directory of adapters. `fresh` holds the initial
+    values: adapters start from them where the source has none, and everything else where it has nothing but adapters;
+    both are said.
 
     Raises:
+        ConfigError: a model in Hugging Face's format that is another one than `spec`, by more than shapes.
         CheckpointError: parameters do not fit; adapters for another base or of another rank, alpha or kind; or
             adapters that this run would not apply.
     """
-    given, adapter, where = _read(Path(source))
+    given, adapter, where = _read(Path(source), spec)
     own = spec.adapter if isinstance(spec, PretrainedSpec) else None
     if adapter is not None and (own is None or not isinstance(spec, PretrainedSpec)):
         settings = f"{{rank: {adapter.rank}, alpha: {adapter.alpha:g}, dora: {str(adapter.dora).lower()}"
@@ -49,7 +52,7 @@ def load_initial(source: str | Path, spec: Spec, fresh: Arrays) -> Arrays:
     return {**given, **adapters}
 
 
-def _read(source: Path) -> tuple[Arrays | None, Adapter | None, str]:
+def _read(source: Path, spec: Spec) -> tuple[Arrays | None, Adapter | None, str]:
     """Parameters (None: there are adapters only), adapters, and the name of the source for messages."""
     if source.is_file():
         foreign = read_opentslm(source)
@@ -57,6 +60,10 @@ def _read(source: Path) -> tuple[Arrays | None, Adapter | None, str]:
         return foreign.arrays, foreign.lora, f"{source} ({sizes})"
     if is_adapter(source):
         return None, read_adapter(source), str(source)
+    if (source / "config.json").is_file():
+        model, arrays = read_huggingface(source)
+        check_same_model(model, spec, source)
+        return arrays, None, str(source)
     if STEP_DIRECTORY.fullmatch(source.name):
         run, checkpoint = source.parent.parent, CheckpointStore(source.parent.parent).load(source)
     elif (source / "checkpoints").is_dir():
@@ -64,8 +71,9 @@ def _read(source: Path) -> tuple[Arrays | None, Adapter | None, str]:
     else:
         raise CheckpointError(
             f"{source}: nothing to start from. training.init_from takes a run directory (with checkpoints/), a "
-            "checkpoint directory (checkpoints/step_...), an OpenTSLM model_checkpoint.pt, or a directory of adapters "
-            "(adapter_config.json, as PEFT and mlx-lm write it)."
+            "checkpoint directory (checkpoints/step_...), a model directory in Hugging Face's format (config.json), an "
+            "OpenTSLM model_checkpoint.pt, or a directory of adapters (adapter_config.json, as PEFT and mlx-lm write "
+            "it)."
         )
     arrays, adapter = split_adapter(checkpoint.model, checkpoint.state)
     return arrays, adapter or kept_adapter(run), str(checkpoint.path)

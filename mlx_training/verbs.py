@@ -129,6 +129,13 @@ def checkpoint_export(args: argparse.Namespace) -> Result:
     return {"run": str(args.run), "to": str(args.to), "format": args.format, "written": written}
 
 
+def checkpoint_import(args: argparse.Namespace) -> Result:
+    """A model in Hugging Face's format as a run."""
+    from mlx_training.import_run import import_run
+
+    return import_run(args.model, args.to)
+
+
 def env(args: argparse.Namespace) -> Result:
     """What this machine has."""
     from mlx_training.environment import report

@@ -74,6 +74,7 @@ ROOMS = (
         "samples",
         "every_checkpoint",
         "export",
+        "import_run",
         "diagnostics",
     },
     {"checkpoint_tools", "checkpoint_text"},
