@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mlx_training.adapters import Adapter, kept_adapter, split_adapter, write_mlx_lm, write_peft
@@ -23,6 +22,7 @@ from mlx_training.merge import merge_and_quantize, merge_directory
 from mlx_training.opentslm import write_opentslm
 from mlx_training.pretrained import pretrained_spec
 from mlx_training.quantize import quantize_directory
+from mlx_training.run_directory import whole_directory
 from mlx_training.spec import Spec
 
 FORMATS = {  # and what each can hold: runs of a family, or the adapters of a run
@@ -45,10 +45,6 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         raise ConfigError(
             f"--bits and --group-size belong to --format mlx; --format {form} writes float32: leave them out"
         )
-    target = Path(target).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        what = "is not empty" if target.is_dir() else "is a file"
-        raise ConfigError(f"--to {target} {what}; give a directory that does not exist yet. Nothing was changed")
     if form != "opentslm" or (run / "config.yaml").is_file():  # weights imported from OpenTSLM come without one
         model = read_run_config(run).model
         held = {model.family, *(["adapters"] if getattr(model, "lora", None) else [])}
@@ -66,20 +62,8 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         "mlx-lm": lambda folder: _export_adapter(run, folder, form),
         "opentslm": lambda folder: export_opentslm(run, folder / OPENTSLM_FILE),
     }
-    temporary = target.with_name(f".tmp-{target.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed export left behind
-        temporary.mkdir(parents=True)
-        written = write[form](temporary)
-        temporary.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"--to {target}: the export could not be written: {error}. Free space there, or give another directory; "
-            "nothing was left behind."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return written
+    with whole_directory(Path(target)) as folder:
+        return write[form](folder)
 
 
 def export_huggingface(run: Path, target: Path) -> str:

@@ -14,7 +14,7 @@ from mlx_training.data.tokenizer import Tokenizer, check_vocabulary
 from mlx_training.errors import ConfigError
 from mlx_training.huggingface import Trainable, read_huggingface
 from mlx_training.llm_source import resolve_llm
-from mlx_training.run_directory import claim_run_directory, write_atomic
+from mlx_training.run_directory import whole_directory
 from mlx_training.spec import DecoderSpec
 
 TEXT = "text.txt"  # a run names its text; until it is told another, this one
@@ -24,26 +24,26 @@ PLACEHOLDER = "Give this model a text of your own: dataset.path=FILE\n" * 200
 def import_run(source: str, run: Path) -> dict[str, Any]:
     """Make the run directory `run` of a model directory (or hub id): weights as step 0, configuration, tokenizer.
 
-    Raises ConfigError for what no family can express or a `run` that is there already, CheckpointError and DataError
-    for files that cannot be read or do not fit together.
+    `run` must be absent or empty, and appears complete or not at all. Raises ConfigError for what no family can
+    express, CheckpointError and DataError for files that cannot be read or written, or do not fit together.
     """
     directory = resolve_llm(source)
     spec, arrays = read_huggingface(directory)
     tokenizer = Tokenizer.load(directory)
     check_vocabulary(tokenizer.vocab_size, spec.vocab_size, str(directory))
     config = _config(spec, source, run)
-    claim_run_directory(run, resume=False)
-    tokenizer.save(run / "tokenizer")
-    CheckpointStore(run).save(0, arrays, {}, {"source": source}, best=True, keep=1)
-    write_atomic(run / TEXT, PLACEHOLDER)
-    write_atomic(run / "config.yaml", to_yaml(config))
+    with whole_directory(run) as folder:
+        tokenizer.save(folder / "tokenizer")
+        CheckpointStore(folder).save(0, arrays, {}, {"source": source}, best=True, keep=1)
+        (folder / TEXT).write_text(PLACEHOLDER)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     count = sum(array.size for array in arrays.values())
     return {"from": source, "run": str(run), "family": config.model.family, "parameters": count}
 
 
 def _config(spec: Trainable, source: str, run: Path) -> RunConfig:
     data = {
-        "experiment": {"name": run.name},
+        "experiment": {"name": run.resolve().name},
         "output_dir": str(run),
         "model": _section(spec) | {"tokenizer": str(run / "tokenizer")},
         "dataset": {"path": str(run / TEXT), "format": "text"},

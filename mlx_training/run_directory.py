@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mlx_training.errors import CheckpointError, ConfigError
 
 RUN_FILES = ("config.yaml", "env.json", "metrics.jsonl", "checkpoints")
@@ -62,6 +64,31 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` (absent or empty until then) when that is done, or vanishes.
+
+    Raises ConfigError when there is something at `target`, CheckpointError when the disk refuses.
+    """
+    target = target.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "is not empty" if target.is_dir() else "is a file"
+        raise ConfigError(f"--to {target} {what}; give a directory that does not exist yet. Nothing was changed")
+    temporary = target.with_name(f".tmp-{target.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left behind
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"--to {target}: it could not be written: {error}. Free space there, or give another directory; "
+            "nothing was left behind."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def test_what_cannot_be_imported(bench: Workbench) -> None:
     bench.write(decoder_config(bench.run))
     hf = exported(bench, "decoder", *GPT2)
     verb = ["checkpoint", "import"]
-    assert "already holds a run" in bench.refused(CONFIG, *verb, hf, "--to", bench.run)
+    assert "is not empty; give a directory" in bench.refused(CONFIG, *verb, hf, "--to", bench.run)
     assert "there is no directory './nowhere'" in bench.refused(CONFIG, *verb, "./nowhere", "--to", "new")
     message = bench.refused(
         CONFIG, "train", "run/config.yaml", "training.init_from=hf", "output_dir=n", "model.decoder.norm_eps=1e-6"
