@@ -117,6 +117,7 @@ def gpt2_config(spec: DecoderSpec, *, bos_token_id: int | None, eos_token_id: in
         "model_type": "gpt2",
         "vocab_size": spec.vocab_size,
         "n_positions": spec.context_length,
+        "n_ctx": spec.context_length,  # the same, for mlx-lm
         "n_embd": spec.hidden_size,
         "n_layer": spec.num_layers,
         "n_head": spec.num_heads,
@@ -135,12 +136,14 @@ def gpt2_config(spec: DecoderSpec, *, bos_token_id: int | None, eos_token_id: in
 
 
 def to_gpt2(arrays: Mapping[str, np.ndarray], spec: DecoderSpec) -> Arrays:
-    """A decoder's parameters under GPT-2's names: q, k, v in one matrix, and matrices (in, out) as in Conv1D."""
+    """A decoder's parameters under GPT-2's names: q, k, v in one matrix, and matrices (in, out) as in Conv1D.
+
+    As in the published files without "transformer." in front: transformers reads both, mlx-lm this alone.
+    """
     found = {}
     for theirs, ours, is_conv in _pairs(spec):
         array = np.concatenate([arrays[name] for name in ours])
-        name = theirs if theirs == HEAD else f"transformer.{theirs}"
-        found[name] = np.ascontiguousarray(array.T if is_conv else array)
+        found[theirs] = np.ascontiguousarray(array.T if is_conv else array)
     return found
 
 

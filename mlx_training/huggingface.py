@@ -12,6 +12,7 @@ from mlx_training.hf_gpt2 import gpt2_config, not_gpt2, read_gpt2, to_gpt2
 from mlx_training.hf_llama import MODEL_TYPES, llama_config, llama_kinds, read_llama
 from mlx_training.hf_mamba import read_mamba
 from mlx_training.json_text import parse_json
+from mlx_training.llm_source import safetensors_header, weight_files
 from mlx_training.spec import DecoderSpec, Spec, SSMSpec
 
 Arrays = dict[str, np.ndarray]
@@ -43,6 +44,7 @@ def read_huggingface(directory: Path) -> tuple[Trainable, Arrays]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in READERS:
         raise ConfigError(f"{path}: model_type {kind!r} cannot be read as a trainable model; {', '.join(READERS)} can")
+    _check_layers(Path(directory), config)
     return READERS[kind](Path(directory), config)
 
 
@@ -65,7 +67,10 @@ def to_huggingface(spec: Trainable, arrays: Arrays, **special: Any) -> tuple[dic
 def check_same_model(foreign: Trainable, spec: Spec, where: str | Path) -> None:
     """ConfigError unless parameters of `foreign` mean the same in `spec`: what their shapes do not tell."""
     if type(foreign) is not type(spec):
-        raise ConfigError(f"{where} holds a {_family(foreign)}, this run trains a {_family(spec)}; set model.family")
+        raise ConfigError(
+            f"{where} holds a {_family(foreign)}, this run trains a {_family(spec)}; set model.family, "
+            "or give it as model.llm_id, where it stays frozen"
+        )
     differ = []
     for name in (field.name for field in fields(foreign) if field.name not in HARMLESS):
         there, here = (_said(getattr(each, name)) for each in (foreign, spec))
@@ -75,6 +80,16 @@ def check_same_model(foreign: Trainable, spec: Spec, where: str | Path) -> None:
         raise ConfigError(
             f"{where} holds another model than this run trains: {'; '.join(differ)}. Set model.{_family(spec)} to what "
             "is there; `mlx-training checkpoint import` writes that section"
+        )
+
+
+def _check_layers(directory: Path, config: Mapping[str, Any]) -> None:
+    """CheckpointError for more layers than arrays: a damaged number could ask for a table that never ends."""
+    layers = config.get("n_layer", config.get("num_hidden_layers"))
+    count = sum(len(safetensors_header(file)[0]) for file in weight_files(directory))
+    if isinstance(layers, int) and layers > count:
+        raise CheckpointError(
+            f"{directory} holds {count} arrays, config.json speaks of {layers} layers; download it again"
         )
 
 

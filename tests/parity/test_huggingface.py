@@ -131,9 +131,9 @@ def test_gpt2_equals_plain_numpy(backend_name: str, tmp_path: Path) -> None:
         return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
 
     length = TOKENS.shape[1]
-    x = p["transformer.wte.weight"][TOKENS] + p["transformer.wpe.weight"][:length]
+    x = p["wte.weight"][TOKENS] + p["wpe.weight"][:length]
     for i in range(2):
-        h = f"transformer.h.{i}"
+        h = f"h.{i}"
         qkv = np.split(conv1d(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn"), 3, axis=-1)
         q, k, v = (part.reshape(*part.shape[:2], heads, -1).swapaxes(1, 2) for part in qkv)
         scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
@@ -144,17 +144,16 @@ def test_gpt2_equals_plain_numpy(backend_name: str, tmp_path: Path) -> None:
         inner = conv1d(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")
         inner = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
         x = x + conv1d(inner, f"{h}.mlp.c_proj")
-    expected = norm(x, "transformer.ln_f") @ p["transformer.wte.weight"].T
+    expected = norm(x, "ln_f") @ p["wte.weight"].T
     assert np.abs(expected).max() > 0.3
     np.testing.assert_allclose(our_logits(backend_name, spec, arrays), expected, rtol=0, atol=1e-4)
 
 
 def test_names_and_buffers_of_published_gpt2_files(tmp_path: Path) -> None:
-    """Those of 2019 have no "transformer." and hold every layer's mask."""
+    """Those of 2019 hold every layer's mask."""
     spec, arrays = OURS["gpt2"], noisy(OURS["gpt2"])
     save(tmp_path, spec, arrays)
-    written = load_file(tmp_path / "model.safetensors")
-    old = {name.removeprefix("transformer."): array for name, array in written.items()}
+    old = load_file(tmp_path / "model.safetensors")
     old |= {"h.0.attn.bias": np.tri(24, dtype="f")[None, None], "h.1.attn.masked_bias": np.full((1,), -1e4, "f")}
     old["lm_head.weight"] = old["wte.weight"]
     save_file(old, tmp_path / "model.safetensors")
@@ -163,6 +162,18 @@ def test_names_and_buffers_of_published_gpt2_files(tmp_path: Path) -> None:
     save_file(old, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing: h\.1\.mlp\.c_fc\.bias \(48,\)"):
         read_huggingface(tmp_path)
+
+
+def test_mlx_lm_reads_what_we_write(both_backends: list[str], tmp_path: Path) -> None:
+    """A GPT-2 of the published proportions, which mlx-lm takes for granted."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    spec = replace(OURS["gpt2"], intermediate_size=128)
+    save(tmp_path, spec, noisy(spec))
+    expected = np.asarray(load_model(tmp_path)[0](mx.array(TOKENS)).tolist())
+    for name in both_backends:
+        np.testing.assert_allclose(our_logits(name, spec, noisy(spec)), expected, rtol=0, atol=1e-4)
 
 
 def test_packed_weights_are_expanded(tmp_path: Path) -> None:
@@ -216,6 +227,9 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match=r"unknown: model\.layers\.1\."):
+        read_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**30}))
+    with pytest.raises(CheckpointError, match="holds 20 arrays, config.json speaks of 1073741824 layers"):
         read_huggingface(tmp_path)
 
 
