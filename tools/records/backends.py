@@ -17,7 +17,7 @@ SHORT: dict[str, Any] = {
 def make(lab: Lab) -> list[str]:
     """Train each twice and compare."""
     configs = {name: families.config(lab, name) for name in families.MODELS}
-    for name, (recipe, decoder) in mainrun.RUNS.items():
+    for name, (recipe, decoder, _) in mainrun.RUNS.items():
         known = {"extends": f"language/{recipe}", "model": {"decoder": {**decoder, "dropout": 0.0}}}
         configs[f"mainrun_{name}"] = {**known, "dataset": {"path": lab.data("hackernews_titles/titles.txt")}}
     rows = []
