@@ -1,4 +1,4 @@
-"""Hacker News titles three epochs of each: the recipe of record, a smaller batch; Muon.
+"""Hacker News titles, three epochs each: the recipe of record (configs/language/mainrun.yaml), smaller batches, Muon.
 
 There are 16,000 titles here, so that the recipe's batch of 128 windows makes six steps an epoch. The kinds of attention
 are therefore compared at a batch of 16 with its other settings, and so is Muon. All figures are of the same held-out
