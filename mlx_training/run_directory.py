@@ -84,7 +84,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         temporary.rename(target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"--to {target}: it could not be written: {error}. Free space there, or give another directory; "
+            f"--to {target}: cannot be written: {error}. Free space there, or give another directory; "
             "nothing was left behind."
         ) from error
     finally:

@@ -274,7 +274,7 @@ def test_export_refuses_what_a_format_cannot_hold(bench: Workbench) -> None:
     assert "leave them out" in bench.refused(CONFIG, *export, "out", "--format", "opentslm", "--bits", 4)
     assert "is not empty; give a directory" in bench.refused(CONFIG, *export, ".", "--format", "opentslm")
     assert "is a file; give a directory" in bench.refused(CONFIG, *export, bench.data, "--format", "opentslm")
-    assert "it could not be written" in bench.refused(DATA, *export, bench.data / "x", "--format", "opentslm")
+    assert "cannot be written: " in bench.refused(DATA, *export, bench.data / "x", "--format", "opentslm")
     shutil.rmtree(bench.run / "checkpoints")
     assert "no 'latest' checkpoint" in bench.refused(DATA, *export, "out", "--format", "opentslm")
 

@@ -229,9 +229,7 @@ def badly_said(case: Case, code: int, said: str, codes: Sequence[int]) -> Iterat
         return
     case.tally.refused += 1
     message = said[f"\n{said}".rfind("\nerror: ") :]
-    named = re.match(
-        r"error: (?:--to |output_dir: )?(/[^ ]+?):? (?:cannot|the (?:checkpoint|export) could not) be", message
-    )
+    named = re.match(r"error: (?:--to |output_dir: )?(/[^ ]+?):? (?:cannot|the checkpoint could not) be", message)
     inner = re.search(r"(model|optimizer)\.safetensors|(state|manifest)\.json|(?<=/)(latest|best)(?=')", message)
     case.tally.stuck_at[(inner and inner[0]) or kind_of(named[1]) if named else "unnamed"] += 1
     if code not in codes or not named or not ADVICE.search(message):
