@@ -145,7 +145,7 @@ class KVCache:
 
 def log_softmax_at(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
     """log p(target), (B, K)."""
-    return logits_BKV.gather(-1, targets_BK[..., None])[..., 0] - logits_BKV.logsumexp(-1)
+    return -F.cross_entropy(logits_BKV.flatten(0, 1), targets_BK.flatten(), reduction="none").view(targets_BK.shape)
 
 
 class LanguageModel(nn.Module):
