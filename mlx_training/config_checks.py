@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, PretrainedConfig
 from mlx_training.config_model_checks import Conflict, model_conflicts
+from mlx_training.config_objectives import objective_conflicts
 from mlx_training.config_presets import PRESETS
 from mlx_training.optim import SETTINGS as OPTIM
 from mlx_training.schedule import SETTINGS as SCHEDULE
@@ -34,7 +35,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each format reads of dataset.opt
 }
 ROWS = (  # keys that rows do not read
     *("dataset.sources", "dataset.packing", "dataset.cache_dir", "dataset.splits.unit"),
-    *("training.objective", "training.fim_rate", "training.fim_spm_rate", "evaluation.samples"),
+    *("training.objective", "training.fim_rate", "training.fim_spm_rate", "training.mask_rate", "evaluation.samples"),
 )
 # Keys that mean nothing there: changing one is an error, as it would be ignored.
 UNREAD = {
@@ -113,6 +114,7 @@ def find_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     yield from model_conflicts(config.model)
     yield from _dataset_conflicts(config)
     yield from _training_conflicts(config)
+    yield from objective_conflicts(config)
     if isinstance(config.model, LanguageConfig):
         yield from _text_conflicts(config, config.model)
 
@@ -162,7 +164,7 @@ def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
 
 
 def _text_conflicts(config: "RunConfig", model: LanguageConfig) -> Iterator[Conflict]:
-    data, training, tokenizer = config.dataset, config.training, model.tokenizer
+    data, tokenizer = config.dataset, model.tokenizer
     if not isinstance(tokenizer, str):
         if (tokenizer.train is None) == (tokenizer.load is None):
             given = "neither is given" if tokenizer.train is None else "both are given (null removes a key)"
@@ -177,10 +179,6 @@ def _text_conflicts(config: "RunConfig", model: LanguageConfig) -> Iterator[Conf
     if data.packing == "documents" and isinstance(model, DecoderConfig) and "fixed" in model.decoder.mixers:
         message = "the blocks of fixed attention would cut documents; give packing: windows, or other mixers"
         yield Conflict(("dataset.packing", "model.decoder.mixers"), message)
-    for key in ("fim_rate", "fim_spm_rate"):
-        if training.objective != "fill_in_the_middle" and getattr(training, key) != 0.5:
-            message = f"objective: {training.objective} does not read it; remove it or give fill_in_the_middle"
-            yield Conflict((f"training.{key}", "training.objective"), message)
     if data.sources is not None:
         weights = [source.weight is None for source in data.sources]
         if any(weights) and not all(weights):

@@ -85,7 +85,7 @@ class DecoderShape(Section):
     qk_norm: bool = False
     """RMSNorm of every query and key head, before positions."""
     mixers: Annotated[tuple[Mixer, ...], as_tuple, Field(min_length=1)] = ("causal",)
-    """What each layer's attention sees, repeated over the layers: causal (all of the past), local, strided, fixed."""
+    """What each layer sees, repeated over the layers: causal (the past), local, strided, fixed, bidirectional (all)."""
     window: Count = 256
     """local: the last so many tokens, itself included."""
     stride: Annotated[int, Field(ge=2)] = 16

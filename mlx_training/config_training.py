@@ -18,12 +18,14 @@ class Training(Section):
     """Rows per micro-batch."""
     grad_accumulation_steps: Count = 1
     """Micro-batches per optimiser step."""
-    objective: Literal["causal", "fill_in_the_middle"] = "causal"
-    """Predict the next token; fill_in_the_middle: with documents turned around, so that the model can fill gaps."""
+    objective: Literal["causal", "fill_in_the_middle", "masked"] = "causal"
+    """Predict the next token, also in documents turned around (fill_in_the_middle); masked: tell hidden tokens."""
     fim_rate: Fraction = 0.5
     """fill_in_the_middle: share of the documents that are turned around, drawn anew each epoch."""
     fim_spm_rate: Fraction = 0.5
     """fill_in_the_middle: share of those with the suffix first (SPM), not the prefix (PSM)."""
+    mask_rate: Share = 0.15
+    """masked: share of a row's tokens that are hidden and told, chosen anew each epoch."""
     optimizer: Name = "adamw"
     """Its state is float32. muon: hidden matrices; all else is AdamW's. docs/optimizers.md has the definitions."""
     betas: Annotated[tuple[Beta, Beta], as_tuple] | None = None

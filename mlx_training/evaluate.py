@@ -85,6 +85,8 @@ class Evaluator:
     def score_text(self, text: Text, protocol: Protocol) -> tuple[dict[str, Any], TokenTally]:
         """What a protocol says about a text, and the sums behind it."""
         assert isinstance(self.data, TextData)
+        if self.data.masking is not None:
+            return self._score_hidden(text)
         tokenizer = self.data.tokenizer
         filled = protocol.filled(self.data.context_length, self.model.spec.max_length)
         documents = text.documents() if filled.name == "lines" else ()
@@ -106,6 +108,19 @@ class Evaluator:
         if filled.name == "position":
             metrics["by_position"] = binned(tally.loss_by_place)
         return metrics, tally
+
+    def _score_hidden(self, text: Text) -> tuple[dict[str, Any], TokenTally]:
+        """Of a masked model: how well it tells the hidden tokens, always the same ones of a text."""
+        assert isinstance(self.data, TextData)
+        if text.split is not None:
+            batches = self.data.eval_batches(text.split, self.batch_size, None)
+        else:
+            batches = self.data.hidden_batches(text.tokens, self.batch_size)
+        tally = TokenTally()
+        for batch in batches:
+            tally.add(batch, self.backend.score_tokens(self.model, batch))
+        nats, tokens, hits = tally.by_place.sum(1)
+        return {"loss": nats / tokens, "accuracy": hits / tokens, "hidden_tokens": int(tokens)}, tally
 
     @property
     def batch_size(self) -> int:
@@ -149,6 +164,11 @@ def evaluate_loaded(
     evaluator = Evaluator(loaded.config, loaded.backend, loaded.model, loaded.data)
     split = split or loaded.config.evaluation.test_split or loaded.config.evaluation.split
     if isinstance(loaded.data, TextData):
+        if loaded.data.masking and protocol is not None:
+            raise UserError(
+                f"--protocol {protocol.name}: {run} is a masked model, which predicts no next token and has no "
+                "perplexity; without a protocol its loss on hidden tokens is reported"
+            )
         text = text_of_split(loaded.data, split) if data is None else text_of_file(loaded.data, data)
         metrics, tally = evaluator.score_text(text, protocol or Protocol())
         if "by_position" in metrics:

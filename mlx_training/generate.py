@@ -71,6 +71,13 @@ class Generator:
     batch_size: int
     watch: Watch | None = None
 
+    def __post_init__(self) -> None:
+        if not self.model.spec.is_causal:
+            raise UserError(
+                "a masked model (mixers: [bidirectional]) tells hidden tokens from both sides; it cannot continue a "
+                "text. Evaluate it with `mlx-training evaluate RUN`, or train with objective: causal"
+            )
+
     def answers(self, rows: Sequence[Row], encode: Callable[[Row], Encoded]) -> list[str]:
         """An answer to every row's prompt, in row order. Nothing steers the model towards a row's options."""
         stop, most = self.sampling.stop, self.sampling.max_new_tokens

@@ -164,6 +164,8 @@ class Decoder(LanguageModel):
         if batch is not None and batch.segments is not None:
             places.segments_BL = batch.segments
             positions_BL = place_L[None] - _starts(batch.segments)
+        elif batch is not None and not self.spec.is_causal:  # padding is a document that nobody sees
+            places.segments_BL = place_L[None] >= batch.lengths[:, None]
         if batch is not None and self.spec.experts:
             places.real_BL = place_L[None] < batch.lengths[:, None]
         if self.spec.positions == "alibi":

@@ -14,7 +14,9 @@ from torch_backend.layers import attention
 Sinks = tuple[Tensor, Tensor] | None  # keys and values (K, J, D) that every query sees
 
 
-def attend(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str, scale: float, sinks: Sinks) -> Tensor:
+def attend(
+    q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str | None, scale: float, sinks: Sinks
+) -> Tensor:
     """Attention to keys and, before them, to the sinks, which no mask hides."""
     if sinks is None:
         return attention(q_BNTD, k_BKSD, v_BKSD, mask, scale)
@@ -25,7 +27,8 @@ def attend(q_BNTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | str, s
     )
     if isinstance(mask, str):
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTD.device).tril(S - T)[None, None]
-    mask = F.pad(mask, (J, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if isinstance(mask, Tensor):
+        mask = F.pad(mask, (J, 0), value=True if mask.dtype == torch.bool else 0.0)
     return attention(q_BNTD, k_BKSD, v_BKSD, mask, scale)
 
 
@@ -41,10 +44,11 @@ def mix(
         return _strided(q_BNTD, k_BKTD, v_BKTD, spec.stride, segments_BT, scale, sinks)
     if mixer == "fixed" and spec.fixed.local_context < T:
         return _fixed(q_BNTD, k_BKTD, v_BKTD, spec, scale, sinks)
+    is_causal = mixer != "bidirectional"
     if segments_BT is None:
-        return attend(q_BNTD, k_BKTD, v_BKTD, "causal", scale, sinks)
+        return attend(q_BNTD, k_BKTD, v_BKTD, "causal" if is_causal else None, scale, sinks)
     same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return attend(q_BNTD, k_BKTD, v_BKTD, same.tril(), scale, sinks)
+    return attend(q_BNTD, k_BKTD, v_BKTD, same.tril() if is_causal else same, scale, sinks)
 
 
 def _local(

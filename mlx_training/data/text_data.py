@@ -15,6 +15,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.data.batching import eval_batches
 from mlx_training.data.corpus import corpus_documents
 from mlx_training.data.fill_in_the_middle import NUM_ADDED, FillInTheMiddle
+from mlx_training.data.masking import MaskedDocuments, MaskedWindows, Masking
 from mlx_training.data.packing import PackedDocuments, warn_of_cut
 from mlx_training.data.splits import SPLITS
 from mlx_training.data.text import Mixture, Rows, TextBatches, TextWindows, Transform
@@ -37,6 +38,7 @@ class TextData:
     config: RunConfig
     streams: dict[str, list[TokenStream]]  # of every source
     transform: Transform | None = None  # of training rows
+    masking: Masking | None = None  # of every row, where the objective is masked
 
     def train_batches(self) -> TextBatches:
         """Training micro-batches by index."""
@@ -49,10 +51,22 @@ class TextData:
         return TextBatches(rows, size, self.config.experiment.seed, self.transform)
 
     def eval_batches(self, split: str, batch_size: int, limit: int | None) -> Iterator[Batch]:
-        """Every row of a split once (at most `limit`), as it was written: nothing is turned around."""
-        rows = self.rows(split)
-        chosen = [rows[i] for i in range(min(len(rows), limit or len(rows)))]
-        return eval_batches(chosen, lambda row: row, batch_size, rows.collate)
+        """Every row of a split once (at most `limit`), as it was written: nothing is turned around.
+
+        Where tokens are hidden they are always the same ones.
+        """
+        return self._in_order(self.rows(split), batch_size, limit)
+
+    def hidden_batches(self, tokens: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        """A text of one's own for a masked model: every token once, some of them hidden."""
+        assert self.masking is not None
+        return self._in_order(MaskedWindows(tokens, self.masking), batch_size, None)
+
+    def _in_order(self, rows: Rows | Mixture, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        def seen(index: int) -> Any:
+            return self.masking.fixed(rows[index], index) if self.masking else rows[index]
+
+        return eval_batches(range(min(len(rows), limit or len(rows))), seen, batch_size, rows.collate)
 
     def rows(self, split: str) -> Rows | Mixture:
         """The rows of a split."""
@@ -118,9 +132,12 @@ def load_text(config: RunConfig, model: LanguageConfig | PretrainedConfig, run: 
     else:
         tokenizer = text_tokenizer(model, division, run)
         vocabulary_size(model, tokenizer)
-    transform: FillInTheMiddle | None = None
+    fim: FillInTheMiddle | None = None
+    masking: Masking | None = None
     if training.objective == "fill_in_the_middle":
-        transform = FillInTheMiddle.of(tokenizer, training.fim_rate, training.fim_spm_rate, model.context_length)
+        fim = FillInTheMiddle.of(tokenizer, training.fim_rate, training.fim_spm_rate, model.context_length)
+    elif training.objective == "masked":
+        masking = Masking.of(tokenizer, training.mask_rate, model.context_length)
 
     per_source = [_streams(config, division, source, tokenizer) for source in division.sources]
     rows: dict[str, Rows | Mixture] = {}
@@ -138,16 +155,25 @@ def load_text(config: RunConfig, model: LanguageConfig | PretrainedConfig, run: 
         made: list[Rows] = []
         for source, stream in kept:
             if data.packing == "documents":
-                reserve = NUM_ADDED if transform and split == "train" else 0
-                packed = PackedDocuments(stream, model.context_length, config.experiment.seed, reserve)
+                reserve = NUM_ADDED if fim and split == "train" else 0
+                seed = config.experiment.seed
+                packed = (
+                    MaskedDocuments(stream, masking, seed)
+                    if masking
+                    else PackedDocuments(stream, model.context_length, seed, reserve)
+                )
                 warn_of_cut(f"{source.name}, {split}", packed)
                 made.append(packed)
+            elif masking:
+                made.append(MaskedWindows(stream.tokens, masking))
             else:
                 made.append(TextWindows(stream.tokens, model.context_length))
         weights = [source.weight for source, _ in kept if source.weight is not None]
         rows[split] = made[0] if len(made) == 1 else Mixture(made, weights if split == "train" and weights else None)
-    change = None if transform is None else transform.row if data.packing == "documents" else transform.window
-    return TextData(rows, tokenizer, config, streams, change)
+    change: Transform | None = masking.row if masking else None
+    if fim:
+        change = fim.row if data.packing == "documents" else fim.window
+    return TextData(rows, tokenizer, config, streams, change, masking)
 
 
 def vocabulary_size(model: LanguageConfig, tokenizer: Tokenizer) -> int:

@@ -20,6 +20,10 @@ CAUSES: dict[str, Cause] = {
         "targets are not the next tokens",
         "emit targets[k] = tokens[positions[k] + 1] in collate, and shift nothing afterwards",
     ),
+    "labels_visible": Cause(
+        "the tokens that are to be told stand in the input",
+        "put the mask token in their places (80 % of them), and keep what they were as targets",
+    ),
     "labels_swapped": Cause(
         "answers stand with other rows than their own", "keep questions and answers in one record; never sort one list"
     ),

@@ -74,6 +74,11 @@ class Exam:
         return self._rows[split]
 
     @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts the next token; else it tells hidden ones."""
+        return self.subject.spec.is_causal
+
+    @property
     def has_series(self) -> bool:
         """Whether the first batches hold series whose patches can be found."""
         return self.patch_size > 0 and any(batch.series is not None for batch in self.batches)

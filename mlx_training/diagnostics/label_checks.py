@@ -68,11 +68,14 @@ def supervision(exam: Exam) -> list[Finding]:
             if batch.segments is not None:  # a document's last target is its EOS, which has no place
                 own = batch.segments[b]
                 inside &= np.append(own[1:] == own[:-1], False)[labels]
-            if _is_text(batch, b, labels[inside] + 1).all():
+            if not exam.is_causal:
+                wrong.visible(batch.tokens[b], labels[on], batch.targets[b][on], row)
+            elif _is_text(batch, b, labels[inside] + 1).all():
                 wrong.shift(batch.tokens[b], labels[inside], batch.targets[b][inside], row)
     if wrong.rows:
         return [failed(name, wrong.figure(cause), cause, row_names(exam, rows)) for cause, rows in wrong.rows.items()]
-    return [passed(name, f"{supervised} of {places} tokens are supervised, each with the token after it as target")]
+    target = "the token after it" if exam.is_causal else "what it was before it was hidden"
+    return [passed(name, f"{supervised} of {places} tokens are supervised, each with {target} as target")]
 
 
 def answers(exam: Exam) -> list[Finding]:
@@ -169,6 +172,11 @@ class _Wrong:
                 self.add("labels_shifted", row)
                 return
         self.add("labels_swapped", row)
+
+    def visible(self, tokens: np.ndarray, places: np.ndarray, targets: np.ndarray, row: int) -> None:
+        """Labels of a masked model that the row shows: where more than half do, nothing was hidden."""
+        if (tokens[places] == targets).mean() > 0.5:
+            self.add("labels_visible", row)
 
     def figure(self, cause: str) -> str:
         text = f"{len(self.rows[cause])} rows"

@@ -48,7 +48,7 @@ def causality(exam: Exam) -> list[Finding]:
             continue
         if (np.delete(size, b, axis=0) > threshold).any():
             other.add(b)
-        if (size[b, place + 1 :] > threshold).any():
+        if exam.is_causal and (size[b, place + 1 :] > threshold).any():
             future.add(b)
         if place > 0 and not (size[b, :place] > 0).any():
             blind.add(b)
@@ -61,7 +61,8 @@ def causality(exam: Exam) -> list[Finding]:
         if rows:
             indices = [batch.rows[b] for b in sorted(rows)] if batch.rows else sorted(rows)
             found.append(failed(name, f"labels of {len(rows)} rows {what}", cause, row_names(exam, indices)))
-    return found or [passed(name, f"{total} labels: only their own row, only up to their place")]
+    reach = "only up to their place" if exam.is_causal else "on both sides of their place"
+    return found or [passed(name, f"{total} labels: only their own row, {reach}")]
 
 
 def neighbours(exam: Exam) -> Finding:

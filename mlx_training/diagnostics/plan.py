@@ -27,6 +27,7 @@ from mlx_training.config_checks import GENERATED, TEXT
 from mlx_training.config_model import LanguageConfig, PretrainedConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
+from mlx_training.data.masking import num_chosen
 from mlx_training.data.series import round_up
 from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer, expand
@@ -181,7 +182,8 @@ def _from_limits(config: RunConfig, spec: Spec, llm_config: Mapping[str, Any] | 
     if config.dataset.format in TEXT:
         assert not isinstance(config.model, TimeSeriesConfig), "the configuration checks this"
         L = config.model.context_length
-        return BatchShape(B, L, L, origin="data" if config.dataset.format in GENERATED else "limits")
+        labels = num_chosen(L, config.training.mask_rate) if config.training.objective == "masked" else L
+        return BatchShape(B, L, labels, origin="data" if config.dataset.format in GENERATED else "limits")
     labels = round_up(config.evaluation.max_new_tokens, 4)
     if not isinstance(spec, TimeSeriesSpec):
         L = round_up(config.dataset.max_length or (llm_config or {}).get("max_position_embeddings") or TEXT_TOKENS, 16)

@@ -14,7 +14,7 @@ Sinks = tuple[mx.array, mx.array] | None  # keys and values (K, J, D) that every
 
 
 def attend(
-    q_BNTD: mx.array, k_BKSD: mx.array, v_BKSD: mx.array, mask: mx.array | str, scale: float, sinks: Sinks
+    q_BNTD: mx.array, k_BKSD: mx.array, v_BKSD: mx.array, mask: mx.array | str | None, scale: float, sinks: Sinks
 ) -> mx.array:
     """Attention to keys and, before them, to the sinks, which no mask hides."""
     if sinks is None:
@@ -26,8 +26,9 @@ def attend(
     )
     if isinstance(mask, str):
         mask = mx.tril(mx.ones((T, S), mx.bool_), S - T)[None, None]
-    seen = mx.array(mask.dtype == mx.bool_, mask.dtype)  # True, or 0 where the mask is added
-    mask = mx.pad(mask, [(0, 0)] * 3 + [(J, 0)], constant_values=seen)
+    if isinstance(mask, mx.array):
+        seen = mx.array(mask.dtype == mx.bool_, mask.dtype)  # True, or 0 where the mask is added
+        mask = mx.pad(mask, [(0, 0)] * 3 + [(J, 0)], constant_values=seen)
     return attention(q_BNTD, k_BKSD, v_BKSD, mask, scale)
 
 
@@ -43,10 +44,11 @@ def mix(
         return _strided(q_BNTD, k_BKTD, v_BKTD, spec.stride, segments_BT, scale, sinks)
     if mixer == "fixed" and spec.fixed.local_context < T:
         return _fixed(q_BNTD, k_BKTD, v_BKTD, spec, scale, sinks)
+    is_causal = mixer != "bidirectional"
     if segments_BT is None:
-        return attend(q_BNTD, k_BKTD, v_BKTD, "causal", scale, sinks)
+        return attend(q_BNTD, k_BKTD, v_BKTD, "causal" if is_causal else None, scale, sinks)
     same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return attend(q_BNTD, k_BKTD, v_BKTD, mx.tril(same), scale, sinks)
+    return attend(q_BNTD, k_BKTD, v_BKTD, mx.tril(same) if is_causal else same, scale, sinks)
 
 
 def _local(

@@ -100,8 +100,12 @@ class DecoderSpec(Spec):
             table["lm_head.weight"] = embedding
         return table
 
+    @property
+    def is_causal(self) -> bool:
+        return "bidirectional" not in self.mixers
+
     def mixer(self, layer: int) -> Mixer:
-        """How a layer's attention looks at the past."""
+        """How far a layer's attention looks."""
         return self.mixers[layer % len(self.mixers)]
 
     def _mlp(self, name: str, H: int, F: int) -> Iterator[tuple[str, Param]]:

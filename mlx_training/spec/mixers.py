@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Mixer = Literal["causal", "local", "strided", "fixed"]
+Mixer = Literal["causal", "local", "strided", "fixed", "bidirectional"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def visible(mixer: Mixer, q: Any, k: Any, *, window: int, stride: int, fixed: Fi
     `q` (..., 1, T, 1) and `k` (..., 1, 1, S) are integer arrays of any framework, `summaries` the table of
     `FixedPattern.summaries` in it. Boolean (..., 1 or N, T, S).
     """
+    if mixer == "bidirectional":
+        return (k >= 0) & (q >= 0)
     seen = k <= q
     if mixer == "local":
         return seen & (q - k < window)

@@ -61,6 +61,11 @@ class Spec(ABC):
         return None
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it, so that texts can be continued."""
+        return True
+
+    @property
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(p.size for p in self.params().values())

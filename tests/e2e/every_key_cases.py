@@ -53,12 +53,17 @@ BASES: dict[str, tuple[str, ...]] = {
         "model.tokenizer.special_tokens=[<fim_prefix>, <fim_middle>, <fim_suffix>]",
         "training.objective=fill_in_the_middle",
     ),
+    "masked": (
+        "model.tokenizer.special_tokens=[<mask>]",
+        "model.decoder.mixers=[bidirectional]",
+        "training.objective=masked",
+    ),
     "recurrent": (),
     "kgram": (),
 }
 DECODERS = (
     *("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "experts"),
-    *("text", "text file", "sources", "sentinels", "fim"),
+    *("text", "text file", "sources", "sentinels", "fim", "masked"),
 )
 FILES = {  # of the other families
     "recurrent": "recurrent.yaml",
@@ -213,6 +218,8 @@ CASES: list[tuple[str, str, str, str]] = [
     ("training.objective", "decoder", "training.objective=fill_in_the_middle", "error"),
     ("training.fim_rate", "fim", "training.fim_rate=0.9", "data"),
     ("training.fim_spm_rate", "fim", "training.fim_spm_rate=1.0", "data"),
+    ("training.objective", "masked", "training.objective=causal", "error"),
+    ("training.mask_rate", "masked", "training.mask_rate=0.5", "data"),
     ("dataset.format", "rows", "dataset.format=parquet", "error"),
     ("dataset.splits.file.train", "files", "dataset.splits.file.train=c.jsonl", "data"),
     ("dataset.splits.file.validation", "files", "dataset.splits.file.validation=c.jsonl", "data"),

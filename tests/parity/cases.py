@@ -10,6 +10,7 @@ from mlx_training import backend as backends
 from mlx_training.backend import Arrays, Backend, Optim, Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
+from mlx_training.data.masking import Masking
 from mlx_training.data.prompt import Encoded
 from mlx_training.init import initialise
 from mlx_training.pretrained import find_linears
@@ -78,6 +79,9 @@ def specs(directory: Path) -> dict[str, Spec]:
         "decoder-no-positions": DecoderSpec(
             VOCAB, activation="gelu_quick", positions="none", logit_softcap=2.0, mlp_bias=True, init="xavier", **small
         ),
+        "decoder-bidirectional-sinks": DecoderSpec(
+            VOCAB, mixers=("bidirectional",), num_sinks=2, num_kv_heads=2, activation="gelu", init_std=0.06, **small
+        ),
         "recurrent-lstm": RecurrentSpec(VOCAB, "lstm", embed_size=12, hidden_size=16, num_layers=2),
         "recurrent-gru": RecurrentSpec(
             VOCAB, "gru", embed_size=16, hidden_size=16, tie_word_embeddings=True, init_std=0.5
@@ -129,6 +133,7 @@ CASES = (
     "decoder-no-positions",
     "decoder-local-strided-sinks",
     "decoder-fixed-experts",
+    "decoder-bidirectional-sinks",
     "recurrent-lstm",
     "recurrent-gru",
     "kgram-onehot",
@@ -140,11 +145,13 @@ CASES = (
     "ssm-stu-local",
 )
 
+MASKED = ("decoder-bidirectional-sinks",)  # these cannot continue a text
+
 
 def batches(spec: Spec, count: int, seed: int = 0, batch_size: int = 4) -> list[Batch]:
     """Learnable ragged batches: the answer depends on the series (or the text on itself)."""
     rng = np.random.default_rng(seed)
-    make = _rows if isinstance(spec, TimeSeriesSpec) else _windows
+    make = _rows if isinstance(spec, TimeSeriesSpec) else _windows if spec.is_causal else _hidden
     return [make(rng, batch_size) for _ in range(count)]
 
 
@@ -154,6 +161,14 @@ def _windows(rng: np.random.Generator, batch_size: int) -> Batch:
     mask = np.ones((batch_size, 19), np.float32)
     mask[0, 12:] = 0
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, np.array([12, *[19] * (batch_size - 1)], np.int32))
+
+
+def _hidden(rng: np.random.Generator, batch_size: int) -> Batch:
+    """The same texts with tokens hidden; 2 is the mask token."""
+    windows = _windows(rng, batch_size)
+    masking = Masking(2, (0, 1, 2), VOCAB, 0.2, windows.tokens.shape[1])
+    texts = [tokens[:length] for tokens, length in zip(windows.tokens, windows.lengths, strict=True)]
+    return masking.collate([masking.row(text, rng) for text in texts], range(batch_size))
 
 
 def _rows(rng: np.random.Generator, batch_size: int) -> Batch:

@@ -11,10 +11,10 @@ from mlx_training.environment import installed_backends
 from mlx_training.objectives.balanced import balanced_lm
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import DecoderSpec, ExpertsSpec
-from tests.parity.cases import CASES, VOCAB, batches, realise, specs
+from tests.parity.cases import CASES, MASKED, VOCAB, batches, realise, specs
 
-LANGUAGE_MODELS = [case for case in CASES if not case.startswith("timeseries")]
-PACKABLE = [case for case in LANGUAGE_MODELS if case.startswith("decoder") and "fixed" not in case]
+LANGUAGE_MODELS = [case for case in CASES if not case.startswith("timeseries") and case not in MASKED]
+PACKABLE = [case for case in CASES if case.startswith("decoder") and "fixed" not in case]
 BY_FOURIER = ("ssm-s4d", "ssm-stu-local")  # a fast Fourier transform spreads its rounding over all places
 BACKENDS = list(installed_backends())
 
@@ -31,6 +31,30 @@ def test_no_gradient_from_the_future(backend: str, case: str, directory: Path) -
     norms_L = np.linalg.norm(gradient, axis=(0, 2))
     rounding = 1e-6 * norms_L[9] if case in BY_FOURIER else 0
     assert norms_L[9] > 0 and norms_L[10:].max() <= rounding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("case", MASKED)
+def test_hidden_tokens_are_told_from_both_sides(backend: str, with_documents: bool, case: str, directory: Path) -> None:
+    """By gradient: from every token of the row's own document, and from no padding, row or document beside it."""
+    spec = specs(directory)[case]
+    (batch,) = batches(spec, 1)
+    (B, L), b = batch.tokens.shape, 0
+    own = np.arange(L) < batch.lengths[b]
+    if with_documents:
+        segments = (np.arange(L) >= 5).astype(np.int32) + (np.arange(L) >= batch.lengths[:, None])
+        batch, own = (
+            replace(batch, segments=segments.astype(np.int32)),
+            segments[b] == segments[b, batch.positions[b, 0]],
+        )
+    one_label = np.zeros_like(batch.mask)
+    one_label[b, 0] = 1
+    chosen, model = realise(backend, spec)
+    gradient = chosen.gradients(model, lm, replace(batch, mask=one_label), wrt="inputs")["inputs"]
+    seen_BL = np.abs(gradient).max(-1) > 0
+    assert batch.lengths[b] < L and own.sum() < L
+    np.testing.assert_array_equal(seen_BL, (np.arange(B) == b)[:, None] & own)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

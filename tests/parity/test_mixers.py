@@ -13,7 +13,9 @@ from mlx_training.spec.mixers import Mixer, visible
 N, D, SCALE = 4, 6, 0.4
 CASES = [
     case
-    for case in itertools.product(("causal", "local", "strided", "fixed"), (5, 16, 37), (False, True), (False, True))
+    for case in itertools.product(
+        ("causal", "local", "strided", "fixed", "bidirectional"), (5, 16, 37), (False, True), (False, True)
+    )
     if not (case[0] == "fixed" and case[2])  # its blocks would cut documents
 ]
 

@@ -29,7 +29,7 @@ CONFIGURATION = {
         "config_training",
         "config_schema",
     ),
-    *("config_presets", "config_model_checks", "config_checks", "config_errors", "config"),
+    *("config_presets", "config_model_checks", "config_objectives", "config_checks", "config_errors", "config"),
 }
 ROOMS = (
     {"errors"},
