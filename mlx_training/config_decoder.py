@@ -85,11 +85,13 @@ class DecoderShape(Section):
     qk_norm: bool = False
     """RMSNorm of every query and key head, before positions."""
     mixers: Annotated[tuple[Mixer, ...], as_tuple, Field(min_length=1)] = ("causal",)
-    """What each layer sees, repeated over the layers: causal (the past), local, strided, fixed, bidirectional (all)."""
+    """What a layer sees, repeated over the layers: causal (the past), local, strided, fixed, sparsek, bidirectional."""
     window: Count = 256
-    """local: the last so many tokens, itself included."""
+    """local, sparsek: the last so many tokens, itself included."""
     stride: Annotated[int, Field(ge=2)] = 16
     """strided: every so-manieth token of the past, itself included."""
+    num_selected: Count = 64
+    """sparsek: tokens before the window that a query sees, those with the best learned scores."""
     fixed: FixedConfig = FixedConfig()
     """fixed: sizes of the pattern (Child et al. 2019)."""
     num_sinks: Annotated[int, Field(ge=0)] = 0

@@ -56,7 +56,10 @@ def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
         yield Conflict(keys, f"a head is {head_dim} wide; rotary positions need an even number")
     readers = {"rope_theta": "rope", "rope_scaling": "rope", "position_init_std": "learned"}
     yield from _unread(shape, readers, "positions", (shape.positions,))
-    yield from _unread(shape, {"window": "local", "stride": "strided", "fixed": "fixed"}, "mixers", shape.mixers)
+    readers = {"window": "local or sparsek", "stride": "strided", "num_selected": "sparsek", "fixed": "fixed"}
+    yield from _unread(shape, readers, "mixers", shape.mixers)
+    if "sparsek" in shape.mixers and shape.window + shape.num_selected >= shape.context_length:
+        yield _nothing_to_select(shape)
     if shape.positions == "alibi" and set(shape.mixers) != {"causal"}:
         message = f"given {', '.join(shape.mixers)}; ALiBi goes with causal only: give [causal], or other positions"
         yield Conflict((f"{at}mixers", f"{at}positions"), message)
@@ -74,9 +77,21 @@ def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
 def _unread(shape: DecoderShape, readers: dict[str, str], by: str, given: Sequence[str]) -> Iterator[Conflict]:
     """Keys that only another value of the key `by` would read."""
     for key, reader in readers.items():
-        if reader not in given and getattr(shape, key) != DecoderShape.model_fields[key].default:
+        if not {*reader.split(" or ")} & {*given} and getattr(shape, key) != DecoderShape.model_fields[key].default:
             message = f"{by}: {', '.join(given)} does not read it; remove it, or give {by}: {reader}"
             yield Conflict((f"model.decoder.{key}", f"model.decoder.{by}"), message)
+
+
+def _nothing_to_select(shape: DecoderShape) -> Conflict:
+    length, key = shape.context_length, "window" if shape.window >= shape.num_selected else "num_selected"
+    other = "num_selected" if key == "window" else "window"
+    most = length - getattr(shape, other) - 1
+    near = f"at most {most}" if most > 0 else f"at most {length // 2 - 1 or 1}, and {other} at most {length // 2}"
+    message = (
+        f"given {getattr(shape, key)}; with {other} {getattr(shape, other)} a query of sparsek would see all "
+        f"{length} tokens of the context and select nothing: give {near}"
+    )
+    return Conflict(tuple(f"model.decoder.{name}" for name in (key, other, "mixers", "context_length")), message)
 
 
 def _recurrent_conflicts(shape: RecurrentShape) -> Iterator[Conflict]:

@@ -15,7 +15,7 @@ from mlx_training.spec import DecoderSpec, FixedPattern
 from mlx_training.spec.mixers import Mixer
 from torch_backend.decoder import DecoderLayer, Places
 
-MIXERS: tuple[Mixer, ...] = ("causal", "local", "strided", "fixed")
+MIXERS: tuple[Mixer, ...] = ("causal", "local", "strided", "fixed", "sparsek")
 
 
 def layer_of(mixer: Mixer, width: int) -> DecoderLayer:

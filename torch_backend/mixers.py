@@ -22,7 +22,7 @@ def attend(
         return attention(q_BNTD, k_BKSD, v_BKSD, mask, scale)
     (B, _, T, _), S, J = q_BNTD.shape, k_BKSD.shape[2], sinks[0].shape[1]
     k_BKSD, v_BKSD = (
-        torch.cat([_for_heads(sink, x.shape[1])[None].expand(B, -1, -1, -1).to(x.dtype), x], dim=2)
+        torch.cat([for_heads(sink, x.shape[1])[None].expand(B, -1, -1, -1).to(x.dtype), x], dim=2)
         for sink, x in zip(sinks, (k_BKSD, v_BKSD), strict=True)
     )
     if isinstance(mask, str):
@@ -64,8 +64,8 @@ def _local(
     mask_BU1WS = ((distance >= 0) & (distance < W) & ~before_the_start).expand(B, U, W, 2 * W)[:, :, None]
     if segments_BT is not None:
         segments = _blocks(segments_BT[:, None, :, None], W)[..., 0]  # (B, U, 1, W)
-        mask_BU1WS = mask_BU1WS & (segments[..., None] == _with_previous(segments, 3)[..., None, :])
-    out = _each_block(q, _with_previous(k, 3), _with_previous(v, 3), mask_BU1WS, scale, sinks)
+        mask_BU1WS = mask_BU1WS & (segments[..., None] == with_previous(segments, 3)[..., None, :])
+    out = _each_block(q, with_previous(k, 3), with_previous(v, 3), mask_BU1WS, scale, sinks)
     return _joined(out, T)
 
 
@@ -87,7 +87,7 @@ def _fixed(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, spec: DecoderSpec, sc
     """Segments look at themselves, causally, and at the summary tokens of the segments before."""
     B, N, T, _ = q_BNTD.shape
     pattern, G = spec.fixed, spec.fixed.local_context
-    k_BNTD, v_BNTD = (_for_heads(x, N, dim=1) for x in (k_BKTD, v_BKTD))
+    k_BNTD, v_BNTD = (for_heads(x, N, dim=1) for x in (k_BKTD, v_BKTD))
     q, k, v = (_blocks(x, G) for x in (q_BNTD, k_BNTD, v_BNTD))  # (B, U, N, G, D)
     U, device = q.shape[1], q.device
     is_summary = torch.from_numpy(pattern.summaries(N).repeat(pattern.block_size, axis=1)).to(device)  # (N, G)
@@ -108,7 +108,7 @@ def _fixed(q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, spec: DecoderSpec, sc
     return _joined(_each_block(q, keys, values, mask, scale, sinks), T)
 
 
-def _for_heads(x: Tensor, num_heads: int, dim: int = 0) -> Tensor:
+def for_heads(x: Tensor, num_heads: int, dim: int = 0) -> Tensor:
     """Key/value heads repeated for so many heads."""
     return x.repeat_interleave(num_heads // x.shape[dim], dim=dim)
 
@@ -132,7 +132,7 @@ def _joined(x_BUNWD: Tensor, T: int) -> Tensor:
     return x_BUNWD.transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
-def _with_previous(x: Tensor, dim: int) -> Tensor:
+def with_previous(x: Tensor, dim: int) -> Tensor:
     """Each block (dimension 1) after the one before it, joined along `dim`."""
     previous = F.pad(x, (0, 0) * (x.ndim - 2) + (1, 0))[:, :-1]
     return torch.cat([previous, x], dim=dim)

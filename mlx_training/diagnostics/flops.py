@@ -8,7 +8,7 @@ Shape suffixes: B rows, L tokens, K labels a row, S series, P patches a series.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from mlx_training.data.batch import Batch
@@ -53,6 +53,13 @@ class LMShape:
     key: int
     vocab: int
     num_ffn_matrices: int = 3
+    beside: int = 0  # float32 elements a place that a layer's attention keeps beside its queries, keys and values
+    layers: tuple["LMShape", ...] = ()  # each one's own sizes, where they differ
+
+    @property
+    def each(self) -> tuple["LMShape", ...]:
+        """The sizes of every layer."""
+        return self.layers or (self,) * self.num_layers
 
     @property
     def layer_weights(self) -> int:
@@ -62,11 +69,11 @@ class LMShape:
     @property
     def weights(self) -> int:
         """Elements of all layers' matrices."""
-        return self.num_layers * self.layer_weights
+        return sum(layer.layer_weights for layer in self.each)
 
     def squares(self, length: int) -> int:
         """Operations of attention a place, which grow with the text."""
-        return self.num_layers * 4 * self.query * length
+        return sum(4 * layer.query * length for layer in self.each)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def batch_shape(batch: Batch, patch_size: int = 1) -> BatchShape:
 
 
 def _decoder(spec: DecoderSpec) -> LMShape:
-    return LMShape(
+    whole = LMShape(
         spec.hidden_size,
         spec.intermediate_size,
         spec.num_layers,
@@ -115,6 +122,17 @@ def _decoder(spec: DecoderSpec) -> LMShape:
         spec.vocab_size,
         3 if spec.activation == "swiglu" else 2,
     )
+    if "sparsek" not in spec.mixers:
+        return whole
+    selecting = replace(whole, num_layers=1, beside=_sparsek_elements(spec))
+    layers = (selecting if spec.mixer(i) == "sparsek" else replace(whole, num_layers=1) for i in range(spec.num_layers))
+    return replace(whole, layers=tuple(layers))
+
+
+def _sparsek_elements(spec: DecoderSpec) -> int:
+    """What a place of SparseK keeps: its chosen keys and values, and some copies of scores and weights (counted)."""
+    chosen = spec.num_kv_heads * spec.num_selected
+    return 2 * chosen * spec.head_dim + 12 * chosen + 5 * spec.num_heads * (spec.num_selected + 2 * spec.window)
 
 
 def _plain(spec: RecurrentSpec | KgramSpec) -> PlainShape:

@@ -176,15 +176,16 @@ def count_memory(
     tokens, labels = batch.rows * batch.tokens, batch.rows * batch.labels
     logits = labels * lm.vocab * FLOAT32
     carries_gradient = not isinstance(spec, PretrainedSpec) or bool(batch.series) or spec.adapter is not None
-    layers = lm.num_layers if carries_gradient else 1  # without a gradient each layer's tensors go at once
-    per_layer, once = (_bytes(kept[frozen], lm, batch.tokens, width) for kept in (c.layer, c.once))
-    elements = once + (per_layer + layers * width * lm.hidden if recompute else layers * per_layer)
+    layers = lm.each if carries_gradient else lm.each[:1]  # without a gradient each layer's tensors go at once
+    kept = [_bytes(c.layer[frozen], layer, batch.tokens, width) + FLOAT32 * layer.beside for layer in layers]
+    inputs = sum(width * layer.hidden for layer in layers)
+    elements = _bytes(c.once[frozen], lm, batch.tokens, width) + (max(kept) + inputs if recompute else sum(kept))
     transient = max(tokens * _bytes(c.transient, lm, batch.tokens, width) - c.logits_transient * logits, 0)
     activations = tokens * elements + transient
     if isinstance(spec, TimeSeriesSpec):
         activations += _encoder_bytes(c, spec.encoder, lm.hidden, batch) if batch.series else 0
     elif not frozen and precision == "bfloat16":
-        activations += 2 * lm.num_layers * lm.layer_weights  # matrices cast for every product are kept
+        activations += 2 * lm.weights  # matrices cast for every product are kept
     if isinstance(spec, SSMSpec):
         activations = activation_bytes(spec, batch.rows, batch.tokens, backend, width)
     if isinstance(spec, PretrainedSpec) and spec.adapter:

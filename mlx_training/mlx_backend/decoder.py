@@ -23,6 +23,7 @@ from mlx_training.mlx_backend.layers import (
     rotate,
 )
 from mlx_training.mlx_backend.mixers import attend, mix
+from mlx_training.mlx_backend.sparsek import sparsek, sparsek_cached
 from mlx_training.spec import DecoderSpec
 from mlx_training.spec.mixers import visible
 
@@ -53,6 +54,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(spec.hidden_size, key, bias=spec.attention_bias)
         self.v_proj = Linear(spec.hidden_size, key, bias=spec.attention_bias)
         self.o_proj = Linear(query, spec.hidden_size, bias=spec.attention_bias)
+        if self.mixer == "sparsek":
+            self.score_proj = Linear(spec.hidden_size, spec.num_kv_heads, bias=False)
         if spec.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(spec.head_dim, spec.norm_eps) for _ in range(2))
         if spec.num_sinks:
@@ -69,15 +72,25 @@ class Attention(nn.Module):
         plain_BNLD = q_BNLD
         if places.angles_BLD is not None:
             q_BNLD, k_BKLD = rotate(q_BNLD, places.angles_BLD), rotate(k_BKLD, places.angles_BLD)
+        scores_BKL = self.score_proj(x_BLH).swapaxes(1, 2) if self.mixer == "sparsek" else None
         if places.cache is not None:
+            if scores_BKL is not None:  # kept as one more column of the keys
+                k_BKLD = mx.concatenate([k_BKLD, scores_BKL[..., None]], axis=-1)
             k_BKLD, v_BKLD = places.cache.append(self.layer, k_BKLD, v_BKLD)
+            if scores_BKL is not None:
+                k_BKLD, scores_BKL = k_BKLD[..., :-1], k_BKLD[..., -1]
         sinks = (self.sink_k, self.sink_v) if self.spec.num_sinks else None
         if sinks and places.angles_BLD is not None:  # the unrotated query beside the rotated one, for the sinks alone
             q_BNLD = mx.concatenate([q_BNLD, plain_BNLD], axis=-1)
             k_BKLD = mx.concatenate([k_BKLD, mx.zeros_like(k_BKLD)], axis=-1)
             sinks = (mx.concatenate([mx.zeros_like(sinks[0]), sinks[0]], axis=-1), sinks[1])
         scale = self.head_dim**-0.5
-        if places.mask is not None:
+        if scores_BKL is not None and places.masks is not None:
+            mask = places.masks[self.mixer]
+            out = sparsek_cached(q_BNLD, k_BKLD, v_BKLD, scores_BKL, self.spec, mask, scale, sinks)
+        elif scores_BKL is not None:
+            out = sparsek(q_BNLD, k_BKLD, v_BKLD, scores_BKL, self.spec, places.segments_BL, scale, sinks)
+        elif places.mask is not None:
             out = attend(q_BNLD, k_BKLD, v_BKLD, places.mask, scale, sinks)
         elif places.masks is not None:
             out = attend(q_BNLD, k_BKLD, v_BKLD, places.masks[self.mixer], scale, sinks)

@@ -21,7 +21,7 @@ def attend(
         return attention(q_BNTD, k_BKSD, v_BKSD, mask, scale)
     (B, _, T, _), S, J = q_BNTD.shape, k_BKSD.shape[2], sinks[0].shape[1]
     k_BKSD, v_BKSD = (
-        mx.concatenate([mx.repeat(_for_heads(sink, x.shape[1]).astype(x.dtype)[None], B, axis=0), x], axis=2)
+        mx.concatenate([mx.repeat(for_heads(sink, x.shape[1]).astype(x.dtype)[None], B, axis=0), x], axis=2)
         for sink, x in zip(sinks, (k_BKSD, v_BKSD), strict=True)
     )
     if isinstance(mask, str):
@@ -71,8 +71,8 @@ def _local(
     mask_BU1WS = mx.broadcast_to(mask_UWS[None, :, None], (B, U, 1, W, 2 * W))
     if segments_BT is not None:
         segments = _blocks(segments_BT[:, None, :, None], W)[..., 0]  # (B, U, 1, W)
-        mask_BU1WS = mask_BU1WS & (segments[..., None] == _with_previous(segments, 3)[..., None, :])
-    out = _each_block(q, _with_previous(k, 3), _with_previous(v, 3), mask_BU1WS, scale, sinks)
+        mask_BU1WS = mask_BU1WS & (segments[..., None] == with_previous(segments, 3)[..., None, :])
+    out = _each_block(q, with_previous(k, 3), with_previous(v, 3), mask_BU1WS, scale, sinks)
     return _joined(out, T)
 
 
@@ -102,7 +102,7 @@ def _fixed(
     """Segments look at themselves, causally, and at the summary tokens of the segments before."""
     B, N, T, _ = q_BNTD.shape
     pattern, G = spec.fixed, spec.fixed.local_context
-    k_BNTD, v_BNTD = (_for_heads(x, N, dim=1) for x in (k_BKTD, v_BKTD))
+    k_BNTD, v_BNTD = (for_heads(x, N, dim=1) for x in (k_BKTD, v_BKTD))
     q, k, v = (_blocks(x, G) for x in (q_BNTD, k_BNTD, v_BNTD))  # (B, U, N, G, D)
     U = q.shape[1]
     is_summary = pattern.summaries(N).repeat(pattern.block_size, axis=1)  # (N, G)
@@ -125,7 +125,7 @@ def _fixed(
     return _joined(_each_block(q, keys, values, mask, scale, sinks), T)
 
 
-def _for_heads(x: mx.array, num_heads: int, dim: int = 0) -> mx.array:
+def for_heads(x: mx.array, num_heads: int, dim: int = 0) -> mx.array:
     """Key/value heads repeated for so many heads."""
     return mx.repeat(x, num_heads // x.shape[dim], axis=dim)
 
@@ -149,7 +149,7 @@ def _joined(x_BUNWD: mx.array, T: int) -> mx.array:
     return x_BUNWD.swapaxes(1, 2).flatten(2, 3)[:, :, :T]
 
 
-def _with_previous(x: mx.array, dim: int) -> mx.array:
+def with_previous(x: mx.array, dim: int) -> mx.array:
     """Each block (dimension 1) after the one before it, joined along `dim`."""
     previous = mx.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]
     return mx.concatenate([previous, x], axis=dim)

@@ -60,6 +60,7 @@ class DecoderSpec(Spec):
     mixers: tuple[Mixer, ...] = ("causal",)  # one a layer, repeated
     window: int = 256
     stride: int = 16
+    num_selected: int = 64
     fixed: FixedPattern = field(default_factory=FixedPattern)
     num_sinks: int = 0
     experts: ExpertsSpec | None = None
@@ -85,6 +86,9 @@ class DecoderSpec(Spec):
             for name, out in (("q", q), ("k", kv), ("v", kv)):
                 table |= self._linear(f"{layer}.self_attn.{name}_proj", out, H, self.attention_bias)
             table |= self._linear(f"{layer}.self_attn.o_proj", H, q, self.attention_bias)
+            if self.mixer(i) == "sparsek":
+                scores = matrix(self.init, self.init_std, self.num_kv_heads, H)
+                table[f"{layer}.self_attn.score_proj.weight"] = scores
             if self.qk_norm:
                 for name in ("q_norm", "k_norm"):
                     table[f"{layer}.self_attn.{name}.weight"] = Param((self.head_dim,), "ones", decay=False)

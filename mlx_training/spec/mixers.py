@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Mixer = Literal["causal", "local", "strided", "fixed", "bidirectional"]
+Mixer = Literal["causal", "local", "strided", "fixed", "sparsek", "bidirectional"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def visible(mixer: Mixer, q: Any, k: Any, *, window: int, stride: int, fixed: Fi
     """Whether the query at position `q` may look at the key at position `k`: the definition of every mixer.
 
     `q` (..., 1, T, 1) and `k` (..., 1, 1, S) are integer arrays of any framework, `summaries` the table of
-    `FixedPattern.summaries` in it. Boolean (..., 1 or N, T, S).
+    `FixedPattern.summaries` in it. Boolean (..., 1 or N, T, S). `sparsek` chooses among what is visible here.
     """
     if mixer == "bidirectional":
         return (k >= 0) & (q >= 0)

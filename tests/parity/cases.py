@@ -79,6 +79,16 @@ def specs(directory: Path) -> dict[str, Spec]:
         "decoder-no-positions": DecoderSpec(
             VOCAB, activation="gelu_quick", positions="none", logit_softcap=2.0, mlp_bias=True, init="xavier", **small
         ),
+        "decoder-sparsek-sinks": DecoderSpec(
+            VOCAB,
+            mixers=("sparsek", "causal"),
+            window=4,
+            num_selected=2,
+            num_sinks=1,
+            num_kv_heads=2,
+            init_std=0.1,
+            **small,
+        ),
         "decoder-bidirectional-sinks": DecoderSpec(
             VOCAB, mixers=("bidirectional",), num_sinks=2, num_kv_heads=2, activation="gelu", init_std=0.06, **small
         ),
@@ -133,6 +143,7 @@ CASES = (
     "decoder-no-positions",
     "decoder-local-strided-sinks",
     "decoder-fixed-experts",
+    "decoder-sparsek-sinks",
     "decoder-bidirectional-sinks",
     "recurrent-lstm",
     "recurrent-gru",
