@@ -54,6 +54,8 @@ class DecoderShape(Section):
     """Width of the feed-forward layers."""
     num_layers: Count = 3
     """Transformer layers."""
+    widths: Annotated[tuple[Count, ...], as_tuple, Field(min_length=2)] | None = None
+    """U-Net: width of each layer, e.g. [256, 128, 256]; mirrored, and hidden_size at both ends. null: hidden_size."""
     num_heads: Count = 4
     """Query heads."""
     num_kv_heads: Count | None = None
@@ -135,6 +137,7 @@ class DecoderConfig(LanguageConfig):
         shape["num_kv_heads"] = shape["num_kv_heads"] or shape["num_heads"]
         width = self.decoder.intermediate_dim or shape["hidden_size"]
         shape["head_dim"] = shape["head_dim"] or width // shape["num_heads"]
+        shape["widths"] = shape["widths"] or ()
         shape["fixed"] = FixedPattern(**shape["fixed"])
         for key, part in {"rope_scaling": RopeScaling, "experts": ExpertsSpec}.items():
             shape[key] = part(**shape[key]) if shape[key] else None

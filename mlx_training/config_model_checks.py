@@ -49,6 +49,8 @@ def _decoder_conflicts(shape: DecoderShape) -> Iterator[Conflict]:
     elif shape.head_dim is None:
         whole = "hidden_size" if shape.intermediate_dim is None else "intermediate_dim"
         yield from _divides((at + whole, f"{at}num_heads"), getattr(shape, whole), shape.num_heads)
+    if shape.widths is not None and (conflict := _width_conflict(shape, shape.widths)):
+        yield conflict
     yield from _divides((f"{at}num_heads", f"{at}num_kv_heads"), shape.num_heads, shape.num_kv_heads or 1)
     head_dim = shape.head_dim or (shape.intermediate_dim or shape.hidden_size) // shape.num_heads
     if head_dim % 2 and shape.positions == "rope":
@@ -80,6 +82,32 @@ def _unread(shape: DecoderShape, readers: dict[str, str], by: str, given: Sequen
         if not {*reader.split(" or ")} & {*given} and getattr(shape, key) != DecoderShape.model_fields[key].default:
             message = f"{by}: {', '.join(given)} does not read it; remove it, or give {by}: {reader}"
             yield Conflict((f"model.decoder.{key}", f"model.decoder.{by}"), message)
+
+
+def _width_conflict(shape: DecoderShape, widths: tuple[int, ...]) -> Conflict | None:
+    """The first rule of a U-Net that the widths break, and the nearest list that keeps it."""
+    heads, at, given = shape.num_heads, "model.decoder.", f"given {[*widths]}; "
+    half = widths[: (len(widths) + 1) // 2]
+    mirrored = [*half, *half[len(widths) // 2 - 1 :: -1]]
+    unit = 2 * heads if shape.positions == "rope" else heads
+    ends = f"it must begin and end with hidden_size {shape.hidden_size}"
+    if shape.head_dim is not None or shape.intermediate_dim is not None:
+        key = "head_dim" if shape.head_dim is not None else "intermediate_dim"
+        message = "given beside widths, which say how wide the heads are (width / num_heads); remove one of them"
+        return Conflict((f"{at}{key}", f"{at}widths"), message)
+    if len(widths) != shape.num_layers:
+        message = f"{given}that is {len(widths)} layers, but num_layers is {shape.num_layers}: make them equal"
+        return Conflict((f"{at}widths", f"{at}num_layers"), message)
+    if [*widths] != mirrored:
+        return Conflict((f"{at}widths",), f"{given}the way up must mirror the way down: {mirrored}")
+    if widths[0] != shape.hidden_size:
+        inner = [shape.hidden_size, *widths[1:-1], shape.hidden_size]
+        return Conflict((f"{at}widths", f"{at}hidden_size"), f"{given}{ends}: {inner}, or give hidden_size={widths[0]}")
+    if any(width % unit for width in widths):
+        even = f", twice {heads} heads (rotary heads are even)" if unit != heads else ", the heads"
+        near = [max(unit, round(width / unit) * unit) for width in widths]
+        return Conflict((f"{at}widths", f"{at}num_heads"), f"{given}each must be a multiple of {unit}{even}: {near}")
+    return None
 
 
 def _nothing_to_select(shape: DecoderShape) -> Conflict:

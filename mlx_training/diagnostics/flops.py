@@ -54,6 +54,7 @@ class LMShape:
     vocab: int
     num_ffn_matrices: int = 3
     beside: int = 0  # float32 elements a place that a layer's attention keeps beside its queries, keys and values
+    resized: int = 0  # the width of the layer before, where a matrix brings it to this one
     layers: tuple["LMShape", ...] = ()  # each one's own sizes, where they differ
 
     @property
@@ -64,7 +65,7 @@ class LMShape:
     @property
     def layer_weights(self) -> int:
         """Elements of one layer's matrices."""
-        return self.hidden * (2 * self.query + 2 * self.key + self.num_ffn_matrices * self.ffn)
+        return self.hidden * (2 * self.query + 2 * self.key + self.num_ffn_matrices * self.ffn + self.resized)
 
     @property
     def weights(self) -> int:
@@ -122,11 +123,23 @@ def _decoder(spec: DecoderSpec) -> LMShape:
         spec.vocab_size,
         3 if spec.activation == "swiglu" else 2,
     )
-    if "sparsek" not in spec.mixers:
+    if "sparsek" not in spec.mixers and not spec.widths:
         return whole
-    selecting = replace(whole, num_layers=1, beside=_sparsek_elements(spec))
-    layers = (selecting if spec.mixer(i) == "sparsek" else replace(whole, num_layers=1) for i in range(spec.num_layers))
-    return replace(whole, layers=tuple(layers))
+    return replace(whole, layers=tuple(_layer(spec, whole, i) for i in range(spec.num_layers)))
+
+
+def _layer(spec: DecoderSpec, whole: LMShape, number: int) -> LMShape:
+    one, before = spec.of_layer(number), spec.of_layer(max(number - 1, 0)).hidden_size
+    return replace(
+        whole,
+        hidden=one.hidden_size,
+        ffn=one.intermediate_size,
+        num_layers=1,
+        query=one.num_heads * one.head_dim,
+        key=one.num_kv_heads * one.head_dim,
+        beside=_sparsek_elements(one) if spec.mixer(number) == "sparsek" else 0,
+        resized=before if before != one.hidden_size else 0,
+    )
 
 
 def _sparsek_elements(spec: DecoderSpec) -> int:

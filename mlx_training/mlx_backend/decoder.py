@@ -32,7 +32,7 @@ from mlx_training.spec.mixers import visible
 class Places:
     """Where the tokens of one forward pass stand, and what they may look at."""
 
-    angles_BLD: mx.array | None = None  # of rotary positions
+    angles_BLD: mx.array | None = None  # of rotary positions, for every width of head
     mask: mx.array | None = None  # in the place of the mixers: boolean, or ALiBi to be added
     segments_BL: mx.array | None = None
     real_BL: mx.array | None = None  # False in the padding
@@ -49,6 +49,7 @@ class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         self.spec, self.layer, self.mixer, self.head_dim = spec, layer, spec.mixer(layer), spec.head_dim
+        self.rotary = spec.rope_slice(layer)
         query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = Linear(spec.hidden_size, query, bias=spec.attention_bias)
         self.k_proj = Linear(spec.hidden_size, key, bias=spec.attention_bias)
@@ -71,7 +72,8 @@ class Attention(nn.Module):
             q_BNLD, k_BKLD = self.q_norm(q_BNLD), self.k_norm(k_BKLD)
         plain_BNLD = q_BNLD
         if places.angles_BLD is not None:
-            q_BNLD, k_BKLD = rotate(q_BNLD, places.angles_BLD), rotate(k_BKLD, places.angles_BLD)
+            angles_BLD = places.angles_BLD[..., self.rotary]
+            q_BNLD, k_BKLD = rotate(q_BNLD, angles_BLD), rotate(k_BKLD, angles_BLD)
         scores_BKL = self.score_proj(x_BLH).swapaxes(1, 2) if self.mixer == "sparsek" else None
         if places.cache is not None:
             if scores_BKL is not None:  # kept as one more column of the keys
@@ -119,11 +121,17 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: x + f(norm(x)) for attention, then for the MLP. Post-norm: norm(x + f(x))."""
+    """Pre-norm: x + f(norm(x)) for attention, then for the MLP. Post-norm: norm(x + f(x)).
+
+    In a U-Net what enters is brought to the layer's width, and the output of the layer across the U is added.
+    """
 
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
-        norm = NORMS[spec.norm]
+        norm, before = NORMS[spec.norm], spec.of_layer(max(layer - 1, 0)).hidden_size
+        spec = spec.of_layer(layer)
+        if before != spec.hidden_size:
+            self.resize = Linear(before, spec.hidden_size, bias=False)
         self.is_pre_norm = spec.norm_position == "pre"
         self.input_layernorm = norm(spec.hidden_size, spec.norm_eps)
         self.self_attn = Attention(spec, layer)
@@ -131,7 +139,9 @@ class DecoderLayer(nn.Module):
         self.mlp = Experts(spec) if spec.experts else MLP(spec)
         self.dropout = Dropout(spec.dropout)
 
-    def __call__(self, x_BLH: mx.array, places: Places) -> mx.array:
+    def __call__(self, x_BLH: mx.array, places: Places, skip_BLH: mx.array | None = None) -> mx.array:
+        x_BLH = self.resize(x_BLH) if "resize" in self else x_BLH
+        x_BLH = x_BLH if skip_BLH is None else x_BLH + skip_BLH
         if self.is_pre_norm:
             x_BLH = x_BLH + self.dropout(self.self_attn(self.input_layernorm(x_BLH), places))
             return x_BLH + self.dropout(self._mlp(self.post_attention_layernorm(x_BLH), places))
@@ -237,8 +247,12 @@ class Decoder(LanguageModel):
         elif self.spec.positions == "learned":
             x_BLH = x_BLH + self.model.embed_positions(positions_BL).astype(x_BLH.dtype)
         x_BLH = self.model.dropout(x_BLH)
-        for layer in self.model.layers:
-            x_BLH = self.run_layer(layer, x_BLH, places)
+        outputs: list[mx.array] = []
+        for i, layer in enumerate(self.model.layers):
+            across = self.spec.skip_from(i)
+            x_BLH = self.run_layer(layer, x_BLH, places, *([] if across is None else [outputs[across]]))
+            if self.spec.widths:
+                outputs.append(x_BLH)
         return self.model.norm(x_BLH)
 
 

@@ -4,7 +4,7 @@ The defaults are Llama's: pre-RMSNorm, SwiGLU, RoPE, grouped key/value heads, no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +64,7 @@ class DecoderSpec(Spec):
     fixed: FixedPattern = field(default_factory=FixedPattern)
     num_sinks: int = 0
     experts: ExpertsSpec | None = None
+    widths: tuple[int, ...] = ()  # of each layer's residual stream, a U that begins and ends at hidden_size
     logit_softcap: float | None = None
     tie_word_embeddings: bool = True
     dropout: float = 0.0
@@ -73,15 +74,17 @@ class DecoderSpec(Spec):
 
     def params(self) -> dict[str, Param]:
         """HF Llama's names; matrices by `init`, embeddings N(0, init_std), norms one; norms and biases not decayed."""
-        H, F = self.hidden_size, self.intermediate_size
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        embedding = Param((self.vocab_size, H), "normal", self.init_std)
+        embedding = Param((self.vocab_size, self.hidden_size), "normal", self.init_std)
         table = {"model.embed_tokens.weight": embedding}
         if self.positions == "learned":
-            shape = (self.context_length, H)
+            shape = (self.context_length, self.hidden_size)
             table["model.embed_positions.weight"] = Param(shape, "normal", self.position_init_std)
         for i in range(self.num_layers):
-            layer = f"model.layers.{i}"
+            layer, one = f"model.layers.{i}", self.of_layer(i)
+            H, F = one.hidden_size, one.intermediate_size
+            q, kv = one.num_heads * one.head_dim, one.num_kv_heads * one.head_dim
+            if i and (before := self.of_layer(i - 1).hidden_size) != H:
+                table[f"{layer}.resize.weight"] = matrix(self.init, self.init_std, H, before)
             table |= self._norm(f"{layer}.input_layernorm", H)
             for name, out in (("q", q), ("k", kv), ("v", kv)):
                 table |= self._linear(f"{layer}.self_attn.{name}_proj", out, H, self.attention_bias)
@@ -91,15 +94,15 @@ class DecoderSpec(Spec):
                 table[f"{layer}.self_attn.score_proj.weight"] = scores
             if self.qk_norm:
                 for name in ("q_norm", "k_norm"):
-                    table[f"{layer}.self_attn.{name}.weight"] = Param((self.head_dim,), "ones", decay=False)
+                    table[f"{layer}.self_attn.{name}.weight"] = Param((one.head_dim,), "ones", decay=False)
             if self.num_sinks:
-                sinks = (self.num_kv_heads, self.num_sinks, self.head_dim)
+                sinks = (self.num_kv_heads, self.num_sinks, one.head_dim)
                 table[f"{layer}.self_attn.sink_k"] = Param(sinks, "normal", 1.0, decay=False)
                 table[f"{layer}.self_attn.sink_v"] = Param(sinks, "zeros", decay=False)
             table |= self._norm(f"{layer}.post_attention_layernorm", H)
             table |= self._mlp(f"{layer}.mlp", H, F)
         if self.norm_position == "pre":
-            table |= self._norm("model.norm", H)
+            table |= self._norm("model.norm", self.hidden_size)
         if not self.tie_word_embeddings:
             table["lm_head.weight"] = embedding
         return table
@@ -107,6 +110,19 @@ class DecoderSpec(Spec):
     @property
     def is_causal(self) -> bool:
         return "bidirectional" not in self.mixers
+
+    def of_layer(self, layer: int) -> "DecoderSpec":
+        """The sizes of one layer; with `widths` its feed-forward layer and its heads are narrow as it is."""
+        if not self.widths:
+            return self
+        width = self.widths[layer]
+        inner = max(1, self.intermediate_size * width // self.hidden_size)
+        return replace(self, hidden_size=width, intermediate_size=inner, head_dim=width // self.num_heads)
+
+    def skip_from(self, layer: int) -> int | None:
+        """With `widths`: the layer of the way down whose output is added to what enters this one on the way up."""
+        mirrored = self.num_layers - 1 - layer
+        return mirrored if self.widths and mirrored < layer - 1 else None
 
     def mixer(self, layer: int) -> Mixer:
         """How far a layer's attention looks."""
@@ -161,9 +177,9 @@ class DecoderSpec(Spec):
         """Angles per position, float32 (head_dim / 2,); both backends take these so that they agree to the bit.
 
         With `rope_scaling`, Llama 3.1's rule: long wavelengths are divided by `factor`, short ones kept, and
-        those between are interpolated.
+        those between are interpolated. With `widths` those of every width of head, one after another (`rope_slice`).
         """
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        exponents = np.concatenate([np.arange(0, D, 2, dtype=np.float64) / D for D in self._head_dims])
         frequencies = self.rope_theta**-exponents
         if s := self.rope_scaling:
             wavelengths = 2 * np.pi / frequencies
@@ -174,9 +190,20 @@ class DecoderSpec(Spec):
             frequencies = keep * frequencies + (1 - keep) * frequencies / s.factor
         return frequencies.astype(np.float32)
 
+    def rope_slice(self, layer: int) -> slice:
+        """Where the frequencies of a layer's heads stand."""
+        index = self._head_dims.index(self.of_layer(layer).head_dim)
+        start = sum(D // 2 for D in self._head_dims[:index])
+        return slice(start, start + self._head_dims[index] // 2)
+
+    @property
+    def _head_dims(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.of_layer(i).head_dim for i in range(self.num_layers)))
+
     def not_llama(self) -> list[str]:
         """The parts that Hugging Face's Llama does not have, as `key: value`."""
         llama: dict[str, Any] = {
+            "widths": (),
             "norm": "rmsnorm",
             "norm_position": "pre",
             "activation": "swiglu",

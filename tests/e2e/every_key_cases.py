@@ -39,6 +39,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "strided": ("model.decoder.mixers=[strided]", "model.decoder.stride=4"),
     "fixed": ("model.decoder.mixers=[fixed]", "model.decoder.fixed={block_size: 2, local_context: 8}"),
     "sparsek": ("model.decoder.mixers=[sparsek]", "model.decoder.window=4", "model.decoder.num_selected=2"),
+    "three layers": ("model.decoder.num_layers=3",),
     "experts": ("model.decoder.experts={num_experts: 4}",),
     "samples": ("evaluation.samples={prompts: [The series], every_steps: 2, max_new_tokens: 12, temperature: 1}",),
     "learned": ("model.decoder.positions=learned",),
@@ -63,7 +64,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "kgram": (),
 }
 DECODERS = (
-    *("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "sparsek", "experts"),
+    *("decoder", "samples", "rope", "learned", "local", "strided", "fixed", "sparsek", "three layers", "experts"),
     *("text", "text file", "sources", "sentinels", "fim", "masked"),
 )
 FILES = {  # of the other families
@@ -142,6 +143,7 @@ CASES: list[tuple[str, str, str, str]] = [
     ("model.decoder.mixers", "decoder", "model.decoder.mixers=[strided]", "losses"),
     ("model.decoder.window", "local", "model.decoder.window=2", "losses"),
     ("model.decoder.stride", "strided", "model.decoder.stride=2", "losses"),
+    ("model.decoder.widths", "three layers", "model.decoder.widths=[16, 8, 16]", "shapes"),
     ("model.decoder.num_selected", "sparsek", "model.decoder.num_selected=4", "losses"),
     ("model.decoder.window", "sparsek", "model.decoder.window=2", "losses"),
     ("model.decoder.fixed.block_size", "fixed", "model.decoder.fixed.block_size=1", "losses"),

@@ -89,6 +89,15 @@ def specs(directory: Path) -> dict[str, Spec]:
             init_std=0.1,
             **small,
         ),
+        "decoder-unet": DecoderSpec(
+            VOCAB,
+            **(small | {"num_layers": 3, "widths": (32, 16, 32)}),
+            mixers=("causal", "local"),
+            window=5,
+            num_kv_heads=2,
+            qk_norm=True,
+            num_sinks=1,
+        ),
         "decoder-bidirectional-sinks": DecoderSpec(
             VOCAB, mixers=("bidirectional",), num_sinks=2, num_kv_heads=2, activation="gelu", init_std=0.06, **small
         ),
@@ -144,6 +153,7 @@ CASES = (
     "decoder-local-strided-sinks",
     "decoder-fixed-experts",
     "decoder-sparsek-sinks",
+    "decoder-unet",
     "decoder-bidirectional-sinks",
     "recurrent-lstm",
     "recurrent-gru",

@@ -16,7 +16,13 @@ from tests.parity.cases import GPT, VOCAB, batches, rates
 pytestmark = pytest.mark.usefixtures("both_backends")
 
 SPEC = DecoderSpec(VOCAB, 16, 24, 3, 2, 1, 8, context_length=20, dropout=0.3, init_std=0.2)
-CASES = {"llama": SPEC, "gpt": replace(SPEC, norm_position="post", **GPT), "no dropout": replace(SPEC, dropout=0.0)}
+U_NET = {"widths": (16, 8, 16), "mixers": ("sparsek",), "window": 4, "num_selected": 2}
+CASES = {
+    "llama": SPEC,
+    "gpt": replace(SPEC, norm_position="post", **GPT),
+    "no dropout": replace(SPEC, dropout=0.0),
+    "u-net": replace(SPEC, **U_NET),
+}
 
 
 def build(name: str, spec: DecoderSpec, recompute: bool) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ CASES = (
     "timeseries_har",
     "opentslm_sp_llama_3_2_1b",
     "language_lora_instruct",
+    "language_unet",
     *PRESET_CASES,
 )
 
