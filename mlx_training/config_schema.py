@@ -77,6 +77,8 @@ class CheckpointConfig(Section):
 class Logging(Section):
     every_steps: Count = 10
     """Write metrics after this many steps."""
+    events: bool = False
+    """Write events.jsonl too: hyperparameters_configured, ..., training_step, validation_step, as mainrun has them."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases; the local metrics.jsonl is always written."""
     project: Text = "mlx-training"

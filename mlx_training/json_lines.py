@@ -12,6 +12,7 @@ from mlx_training.json_text import parse_json
 from mlx_training.run_directory import naming, write_atomic
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation_step"  # the event of an evaluation in events.jsonl
 Record = dict[str, Any]
 NUMBERS = ("loss", "grad_norm", "skipped")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -80,7 +81,7 @@ def _is_record(record: Record) -> bool:
 
 def is_evaluation(record: Record) -> bool:
     """Whether a record holds an evaluation."""
-    return any(name.startswith("eval/") for name in record)
+    return record.get("event") == VALIDATION or any(name.startswith("eval/") for name in record)
 
 
 def _line(record: Record) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_training.adapters import describe_adapter
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
+from mlx_training.backend import Backend
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.checkpoint_writer import CheckpointWriter
 from mlx_training.config import RunConfig, to_yaml
@@ -20,6 +21,7 @@ from mlx_training.diagnostics.guard import ADVICE, Guard
 from mlx_training.environment import git_state, versions
 from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
+from mlx_training.events import EVENTS, EventLines, descriptions
 from mlx_training.fingerprint import fingerprint
 from mlx_training.init import initialise
 from mlx_training.initial import load_initial
@@ -77,7 +79,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     if not store.has_best:  # resumed before the best one, or in another directory
         progress.best = None
     if not (checkpoint and store.holds(checkpoint.path)):
-        set_aside(run / METRICS, run / norms.FILE, run / SAMPLES)
+        set_aside(run / METRICS, run / EVENTS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
     (run / RESULT).unlink(missing_ok=True)
     describe_run(run, assembly, backend.name)
@@ -101,7 +103,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     with (
         interruptible() as interrupted,
         closing(CheckpointWriter(store)) as writer,
-        tracker_of(run, config, first, progress.evaluated, total_steps) as tracker,
+        tracker_of(run, assembly, backend, batches.num_batches, first, progress, total_steps) as tracker,
         closing(JsonLines(run / norms.FILE, from_step=first, lazy=True)) as probe_log,
         closing(TrainingSamples(run, evaluator, first, timer.restart)) as samples,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
@@ -166,9 +168,12 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     return result
 
 
-def tracker_of(run: Path, config: RunConfig, first: int, evaluated: int, total_steps: int) -> Tracker:
+def tracker_of(
+    run: Path, assembly: Assembly, backend: Backend, num_batches: int, first: int, progress: Progress, total_steps: int
+) -> Tracker:
     """The sinks of this run, continuing after step `first`."""
-    return open_tracker(
+    config, evaluated = assembly.config, progress.evaluated
+    tracker = open_tracker(
         run,
         total_steps=total_steps,
         from_step=first,
@@ -180,6 +185,10 @@ def tracker_of(run: Path, config: RunConfig, first: int, evaluated: int, total_s
         notes=config.experiment.notes,
         config=config.model_dump(mode="json"),
     )
+    if config.logging.events:
+        described, place = descriptions(assembly, backend, num_batches), (first, evaluated, progress.seconds)
+        tracker.sinks.append(EventLines(run, described, total_steps, *place))
+    return tracker
 
 
 def plan(assembly: Assembly) -> tuple[Any, int]:

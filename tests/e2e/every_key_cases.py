@@ -319,6 +319,7 @@ CASES: list[tuple[str, str, str, str]] = [
     ("checkpoint.keep", "rows", "checkpoint.keep=1", "files"),
     ("checkpoint.best", "rows", "checkpoint.best=eval/accuracy", "best"),
     ("logging.every_steps", "rows", "logging.every_steps=4", "lines"),
+    ("logging.events", "rows", "logging.events=true", "files"),
     ("logging.wandb", "tracked", "logging.wandb=online", "tracker"),
     ("logging.project", "tracked", "logging.project=other", "tracker"),
     ("diagnostics.probe_every_steps", "rows", "diagnostics.probe_every_steps=2", "files"),

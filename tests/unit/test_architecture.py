@@ -64,6 +64,7 @@ ROOMS = (
     {"backend"},
     {
         "tracking",
+        "events",
         "memory",
         "fingerprint",
         "assemble",
