@@ -26,6 +26,7 @@ from mlx_training.data.tokenizer import Tokenizer, check_vocabulary
 from mlx_training.environment import resolve_backend
 from mlx_training.errors import CheckpointError, ConfigError, DataError
 from mlx_training.llm_source import read_llm_config
+from mlx_training.notes import notes
 from mlx_training.pretrained import pretrained_spec, timeseries_spec
 from mlx_training.spec import PretrainedSpec, Spec
 
@@ -151,16 +152,28 @@ def _assemble_pretrained(config: RunConfig, model: PretrainedConfig) -> Assembly
     return Assembly(config, spec, load_text(config, model, None))
 
 
-def load_run(run: Path, backend: str | None = None, checkpoint: str | None = None) -> LoadedRun:
-    """A run on its own backend, or on another: its best checkpoint (else its latest), or the one that is named."""
+def load_run(
+    run: Path, backend: str | None = None, checkpoint: str | None = None, device: str | None = None
+) -> LoadedRun:
+    """A run on its own backend and device, or on others: its best checkpoint (else its latest), or the named one."""
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: no config.yaml; expected a run directory, as `mlx-training train` makes it")
     config = load_config(run / "config.yaml")
+    if device is not None:
+        config = config.model_copy(update={"device": device})
     assembly = assemble(config, run)
     store = CheckpointStore(run)
     loaded = store.best_or_latest() if checkpoint is None else store.load(store.named(checkpoint))
-    check_fits(assembly.spec, loaded)
+    try:
+        check_fits(assembly.spec, loaded)
+    except CheckpointError as error:
+        if store.holds(loaded.path):
+            raise
+        raise CheckpointError(
+            f"--checkpoint {checkpoint}: it is not one of {run} and does not fit it; give best, latest or a step of "
+            f"that run, or the run that it is of.\n{error}"
+        ) from None
     chosen = open_backend(config, backend)
     model = chosen.build(assembly.spec)
     chosen.load(model, loaded.model)
@@ -207,7 +220,9 @@ def validate(config: RunConfig) -> dict[str, Any]:
         "rows": {name: len(rows) for name, rows in data.splits.items()},
         "first_batch": {"tokens": list(first.tokens.shape), "supervised": first.num_supervised},
     }
-    return summary | {"text": data.summary()} if isinstance(data, TextData) else summary
+    summary |= {"text": data.summary()} if isinstance(data, TextData) else {}
+    found = notes(config.model, spec, data.tokenizer.vocab_size)
+    return summary | ({"notes": found} if found else {})
 
 
 def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:

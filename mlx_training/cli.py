@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mlx_training import __version__, flags, verbs
-from mlx_training.errors import DataError, Interrupted, UserError
+from mlx_training.errors import DataError, Interrupted, UserError, shortened
 from mlx_training.verbs import Result
 
 BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended; only where the work was not done
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(shortened(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         return DataError.exit_code
 
 

@@ -225,9 +225,12 @@ def _split_conflicts(config: "RunConfig") -> Iterator[Conflict]:
 def _training_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     training, groups = config.training, config.model.groups
     if (training.max_steps is None) == (training.num_epochs is None):
-        given = "neither is given" if training.max_steps is None else "both are given (set the one not meant to null)"
         keys = ("training.max_steps", "training.num_epochs")
-        yield Conflict(keys, f"{given}; exactly one of max_steps and num_epochs")
+        steps, epochs = (f"{name}={getattr(training, name.removeprefix('training.'))}" for name in keys)
+        message = f"both are given; to train {steps} add {keys[1]}=null, to train {epochs} add {keys[0]}=null"
+        if training.max_steps is None:
+            message = "neither is given; exactly one of max_steps and num_epochs"
+        yield Conflict(keys, message)
     if isinstance(training.learning_rate, dict):
         for name in training.learning_rate:
             if name not in groups:

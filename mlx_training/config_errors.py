@@ -1,6 +1,6 @@
 """pydantic's errors as lines a person can act on: `file:line: key: what was given; what is allowed; did you mean`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -76,6 +76,16 @@ def allowed(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
     """What may stand at `path`, in words."""
     words = [_words(node, schema) for node in _nodes(schema, path, data)]
     return " or ".join(dict.fromkeys(words)) or "nothing"
+
+
+def closest_key(key: str, known: Collection[str]) -> str | None:
+    """The dotted key that was meant: of the same section by its initials (lr) or nearly so, else nearly so anywhere."""
+    section, _, name = key.rpartition(".")
+    names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
+    short = [other for other in names if "".join(word[:1] for word in other.split("_")) == name]
+    if close := short or get_close_matches(name, names, 1):
+        return names[close[0]]
+    return next(iter(get_close_matches(key, {other for other in known if not key.startswith(f"{other}.")}, 1)), None)
 
 
 def _given_path(loc: KeyPath, data: Any) -> KeyPath:
@@ -163,11 +173,20 @@ def _unknown_key(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
     name, parent = str(path[-1]), path[:-1]
     siblings = [key for node in _nodes(schema, parent, data) for key in node.get("properties", ())]
     message = f"unknown key; allowed here: {', '.join(siblings)}"
+    if parent == ("model",) and (owners := _families_with(name, schema)):
+        given = _lookup(data, ("model", "family"))[1]
+        return f"{message}; it belongs to the family {' or '.join(owners)}, and model.family is {given}"
     if close := get_close_matches(name, siblings, 1):
         return f"{message}; did you mean {'.'.join(map(str, (*parent, close[0])))}?"
     places = _places(schema, schema, data)
     elsewhere = places.get(name) or places.get(next(iter(get_close_matches(name, places, 1, 0.8)), ""), [])
     return message + (f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else "")
+
+
+def _families_with(key: str, schema: Schema) -> list[str]:
+    """The families whose `model` section has a key."""
+    branches = [node["properties"] for node in _branches(schema["properties"]["model"], schema)]
+    return [str(keys["family"]["const"]) for keys in branches if key in keys]
 
 
 def _places(node: Schema, schema: Schema, data: Any, path: tuple[str, ...] = ()) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ SECRET = r"(?:token|secret|password|passwd|(?:api|access|secret|private)_?key)\b
 SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
 ASSIGNMENT = re.compile(rf"({SECRET}=)\S+", re.IGNORECASE)  # logging.api_key=value
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # https://user:password@host
+LONGEST_WORD, LONGEST_LINE = 300, 3000  # characters that a message quotes; of more, the beginning and the end
 SHORTEST_SECRET = 8  # characters: "1" is no secret, whatever the variable is called
 
 
@@ -19,7 +20,7 @@ class UserError(ValueError):
     exit_code = 2
 
     def __str__(self) -> str:
-        return without_secrets(super().__str__())
+        return shortened(without_secrets(super().__str__()))
 
 
 class ConfigError(UserError):
@@ -77,6 +78,19 @@ def without_secrets(text: str) -> str:
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "***")
     return ASSIGNMENT.sub(r"\1***", CREDENTIALS.sub("***", text))
+
+
+def shortened(text: str) -> str:
+    """A message with its middle left out where somebody's value is longer than anybody reads."""
+    text = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _ends_of(word[0], LONGEST_WORD), text)
+    return "\n".join(_ends_of(line, LONGEST_LINE) for line in text.split("\n"))
+
+
+def _ends_of(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    half = most // 2 - 20
+    return f"{text[:half]}...({len(text) - 2 * half} characters)...{text[-half:]}"
 
 
 def shown(value: str, name: str) -> str:

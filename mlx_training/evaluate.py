@@ -146,6 +146,7 @@ def evaluate_run(
     backend: str | None = None,
     *,
     checkpoint: str | None = None,
+    device: str | None = None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run (None: the best) on a split, or on every row (or the text) of a file.
@@ -153,7 +154,7 @@ def evaluate_run(
     Writes predictions, and the loss by position, into the run. Raises DataError when the run has no such split.
     """
     with full_memory_explained(lambda: reading_advice(run)), full_disk_explained(run):
-        loaded = load_run(run, backend, checkpoint)
+        loaded = load_run(run, backend, checkpoint, device)
         return evaluate_loaded(loaded, run, split, data, protocol)
 
 

@@ -24,10 +24,11 @@ def evaluate_checkpoints(
     data: Path | None = None,
     backend: str | None = None,
     *,
+    device: str | None = None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any]:
     """Evaluate every checkpoint that a run has kept, oldest first, into RUN/checkpoints.csv and checkpoints.png."""
-    loaded = load_run(run, backend)
+    loaded = load_run(run, backend, device=device)
     records = []
     for step in _each_checkpoint(loaded, run):
         metrics = evaluate_loaded(loaded, run, split, data, protocol)
@@ -47,11 +48,12 @@ def generate_at_checkpoints(
     prompts: Sequence[str],
     backend: str | None = None,
     *,
+    device: str | None = None,
     sampling: Sampling = GREEDY,
     samples: int = 1,
 ) -> dict[str, Any]:
     """Continue the same prompts, with the same draws, from every checkpoint that a run has kept, oldest first."""
-    loaded, context_length = load_language_model(run, backend)
+    loaded, context_length = load_language_model(run, backend, device=device)
     generator = generator_of(loaded, sampling)
     found = [
         {"step": step, "samples": sample_texts(generator, prompts, samples, context_length)}

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 BACKENDS = ("mlx", "torch", "auto")
+DEVICES = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 def config(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--max-lines", metavar="N", type=int, help="lines: the first N that are not blank; default: 100")
     text.add_argument("--max-tokens", metavar="N", type=int, help="lines: each is cut to N tokens; default: 512")
     _backend(parser, "the run's")
+    _device(parser)
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +90,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     )
     _checkpoint(parser)
     _backend(parser, "the run's")
+    _device(parser)
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +123,10 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _backend(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help=f"default: {default}")
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, help="default: the run's; a run may be read on another machine")
 
 
 def none(parser: argparse.ArgumentParser) -> None:

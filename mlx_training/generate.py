@@ -145,6 +145,7 @@ def generate_rows(
     backend: str | None = None,
     *,
     checkpoint: str | None = None,
+    device: str | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answer every row of a file with a trained run: {"rows": [{"id", "answer", "prediction"}]}.
@@ -152,7 +153,7 @@ def generate_rows(
     `sampling`: fields of Sampling; without them greedily, and as long as `evaluation.max_new_tokens` allows.
     """
     with full_memory_explained(lambda: reading_advice(run)):
-        loaded = load_run(run, backend, checkpoint)
+        loaded = load_run(run, backend, checkpoint, device)
         if not isinstance(loaded.data, RowData):
             raise DataError(f"--rows {rows}: {run} is a language model; give it --prompt TEXT or --prompts FILE")
         given = loaded.data.read(rows, with_answers=False)
@@ -174,13 +175,14 @@ def generate_texts(
     backend: str | None = None,
     *,
     checkpoint: str | None = None,
+    device: str | None = None,
     sampling: Sampling = GREEDY,
     samples: int = 1,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Continue prompts with a trained language model: {"samples": [{"prompt", "text", "tokens", "finish"}]}."""
     with full_memory_explained(lambda: reading_advice(run)):
-        loaded, context_length = load_language_model(run, backend, checkpoint)
+        loaded, context_length = load_language_model(run, backend, checkpoint, device)
         found = sample_texts(generator_of(loaded, sampling, watch), prompts, samples, context_length)
     about = {"run": str(run), "backend": loaded.backend.name, "checkpoint": str(loaded.checkpoint.path)}
     return about | {"samples": found}
@@ -215,9 +217,11 @@ def generator_of(loaded: LoadedRun, sampling: Sampling, watch: Watch | None = No
     return Generator(loaded.backend, loaded.model, loaded.data.tokenizer, sampling, batch_size, watch)
 
 
-def load_language_model(run: Path, backend: str | None, checkpoint: str | None = None) -> tuple[LoadedRun, int]:
+def load_language_model(
+    run: Path, backend: str | None, checkpoint: str | None = None, device: str | None = None
+) -> tuple[LoadedRun, int]:
     """`load_run` of a run on text (DataError), and the number of tokens in its training windows."""
-    loaded = load_run(run, backend, checkpoint)
+    loaded = load_run(run, backend, checkpoint, device)
     if not isinstance(loaded.data, TextData):
         raise DataError(f"{run} answers rows about time series; give it --rows FILE instead of prompts")
     return loaded, loaded.data.context_length

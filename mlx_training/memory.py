@@ -66,6 +66,14 @@ def training_advice(config: RunConfig) -> str:
     )
 
 
+def examining_advice() -> str:
+    """What to lower when the doctor could not even build what it examines, or its first batches."""
+    return (
+        "`mlx-training plan CONFIG` predicts what is needed; examine a smaller model of the same kind, or give "
+        "training.batch_size=1 and a shorter context: its faults are the same"
+    )
+
+
 def reading_advice(run: Path) -> str:
     """What to lower when a trained run was evaluated or asked."""
     return (

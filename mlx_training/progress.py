@@ -1,6 +1,5 @@
 """Where a training run stands; a checkpoint keeps it in `state.json`."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +14,7 @@ class Progress:
     evaluated: int = 0  # step of the last evaluation
     tokens: int = 0  # supervised tokens seen
     skipped: int = 0  # updates that were not finite
-    loss: float = math.nan  # of the last finite step that was read
+    loss: float | None = None  # of the last finite step that was read
     seconds: float = 0.0
     stopped_early: bool = False
 
@@ -53,8 +52,7 @@ def _is_number(value: Any) -> bool:
 
 KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a count": (_is_count, ("evaluations_without_improvement", "evaluated", "tokens", "skipped")),
-    "a number": (_is_number, ("loss",)),
-    "a number or null": (lambda value: value is None or _is_number(value), ("best",)),
+    "a number or null": (lambda value: value is None or _is_number(value), ("best", "loss")),
     "seconds": (lambda value: _is_number(value) and value >= 0, ("seconds",)),
     "true or false": (lambda value: type(value) is bool, ("stopped_early",)),
 }

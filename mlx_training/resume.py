@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +15,7 @@ from mlx_training.assemble import Assembly, check_fits
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import OPTIMIZER, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
+from mlx_training.config_errors import closest_key
 from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.fingerprint import fingerprint
 from mlx_training.json_text import parse_json
@@ -159,6 +159,15 @@ def finished_result(
     return result | {"run": str(store.directory.parent)} if result and result.get("backend") == backend else None
 
 
+def check_something_trains(changed: Changes, step: int) -> None:
+    """ConfigError for changes that were allowed, but come too late: config.yaml would say what was never trained."""
+    if late := [key for key in changed if not _within(key, (*HARMLESS, *LENGTH))]:
+        raise ConfigError(
+            f"{', '.join(late)}: the run has ended at step {step}, so that nothing would train with the change. Give "
+            "more training.max_steps (or num_epochs) too, or undo the change."
+        )
+
+
 def _finished(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The result beside the checkpoint; a run has one only while it ends there."""
     try:
@@ -222,10 +231,10 @@ def _check_allowed(allowed: Sequence[str], config: RunConfig, changed: Changes) 
     known = {name for key in (*_keys("", config.model_dump(mode="json")), *changed) for name in _prefixes(key)}
     for key in allowed:
         if key not in known:
-            close = get_close_matches(key, known, 1)
+            close = closest_key(key, known)
             raise ConfigError(
                 f"--allow-change {key}: there is no such key in this configuration"
-                + (f"; did you mean {close[0]}?" if close else "; keys are spelled as in training.learning_rate")
+                + (f"; did you mean {close}?" if close else "; keys are spelled as in training.learning_rate")
             )
         if not any(_within(name, (key,)) for name in changed):
             print(f"note: --allow-change {key}: it has not changed; the flag can be left out", file=sys.stderr)

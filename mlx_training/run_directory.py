@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from mlx_training.errors import CheckpointError, ConfigError
 
+TEMPORARY = ".tmp-"  # what a file is called until it is whole; ends in the process that writes it
 RUN_FILES = ("config.yaml", "env.json", "metrics.jsonl", "checkpoints")
 
 
@@ -33,6 +34,7 @@ def claim_run_directory(directory: str | Path, resume: bool) -> Path:
             pass
     except OSError as error:
         raise unwritable(directory, error) from error
+    _remove_temporary(directory)
     links = sorted(path.name for path in directory.glob("*") if path.is_symlink())
     if links:
         raise ConfigError(
@@ -40,6 +42,20 @@ def claim_run_directory(directory: str | Path, resume: bool) -> Path:
             "Remove them, or make output_dir itself the link; nothing was changed."
         )
     return directory
+
+
+def _remove_temporary(directory: Path) -> None:
+    """What killed processes had begun to write."""
+    for path in directory.glob(f"{TEMPORARY}*.*"):
+        pid = path.suffix.removeprefix(".")
+        if path.is_symlink() or not pid.isdecimal():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except OSError:  # somebody else's, and alive
+            continue
 
 
 def unwritable(directory: str | Path, error: OSError) -> ConfigError:
@@ -53,7 +69,9 @@ def unwritable(directory: str | Path, error: OSError) -> ConfigError:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a small file: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(
+        f"{TEMPORARY}{path.name}.{os.getpid()}"
+    )  # of two commands that write it, each has its own
     with naming(path):
         try:
             temporary.unlink(missing_ok=True)

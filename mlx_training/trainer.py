@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ from mlx_training.init import initialise
 from mlx_training.initial import load_initial
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
 from mlx_training.memory import full_memory_explained, training_advice
+from mlx_training.notes import notes
 from mlx_training.objectives.balanced import training_objective
 from mlx_training.progress import Progress
-from mlx_training.resume import RESULT, find_checkpoint, finished_result, locked
+from mlx_training.resume import RESULT, check_something_trains, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
 from mlx_training.samples import SAMPLES, TrainingSamples
 from mlx_training.signals import interruptible, stoppable
@@ -45,7 +47,16 @@ def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequenc
     """
     run = Path(config.output_dir)
     with locked(run), full_disk_explained(run), full_memory_explained(lambda: training_advice(config)):
-        return train_locked(config, resume, allow_change)
+        try:
+            return train_locked(config, resume, allow_change)
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT, _stopped_at_once(run)) from None
+
+
+def _stopped_at_once(run: Path) -> str:
+    saved = CheckpointStore(run).paths()
+    kept = f"{saved[-1]} is the last checkpoint; continue with --resume auto" if saved else "nothing was saved yet"
+    return f"stopped at once: {kept}"
 
 
 def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[str]) -> dict[str, Any]:
@@ -64,6 +75,8 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     if checkpoint and is_over and (result := finished_result(store, checkpoint, changed, backend.name)):
         print(f"{run}: finished at step {first}: nothing left to train", file=sys.stderr)
         return result
+    if is_over:
+        check_something_trains(changed, first)
 
     model = backend.build(assembly.spec)
     objective = training_objective(assembly.spec)
@@ -86,6 +99,8 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
     start += ": nothing left to train" if is_over else ""
     size = f"{assembly.spec.num_parameters:,} trainable parameters"
+    for note in notes(config.model, assembly.spec, assembly.data.tokenizer.vocab_size) if first == 0 else ():
+        print(f"note: {note}", file=sys.stderr)
     print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
     about = {

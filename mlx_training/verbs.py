@@ -24,11 +24,12 @@ def train(args: argparse.Namespace) -> Result:
 def evaluate(args: argparse.Namespace) -> Result:
     """Evaluate a run: one checkpoint, or every one that it has kept."""
     _expect_run(args.run)
-    _expect_rows("--data", args.data)
+    _expect_file("--data", args.data, "the file of rows, or of text, to evaluate")
     from mlx_training.evaluate import evaluate_run
     from mlx_training.every_checkpoint import evaluate_checkpoints
 
-    where = {"split": args.split, "data": args.data, "backend": args.backend, "protocol": _protocol(args)}
+    where = {"split": args.split, "data": args.data, "backend": args.backend, "device": args.device}
+    where["protocol"] = _protocol(args)
     if args.every_checkpoint:
         return evaluate_checkpoints(args.run, **where)
     return evaluate_run(args.run, checkpoint=args.checkpoint, **where)
@@ -37,8 +38,8 @@ def evaluate(args: argparse.Namespace) -> Result:
 def generate(args: argparse.Namespace) -> Result:
     """Continue prompts, or answer the rows of a file."""
     _expect_run(args.run)
-    _expect_rows("--rows", args.rows)
-    _expect_prompts(args.prompts)
+    _expect_file("--rows", args.rows, "one of rows, in the run's own format or canonical")
+    _expect_file("--prompts", args.prompts, "a text file with one prompt a line")
     if args.rows is not None:
         return _generate_rows(args)
     from mlx_training.every_checkpoint import generate_at_checkpoints
@@ -46,7 +47,12 @@ def generate(args: argparse.Namespace) -> Result:
     from mlx_training.sampling import Sampling
 
     prompts = args.prompt or read_prompts(args.prompts)
-    how = {"backend": args.backend, "sampling": Sampling(**_sampling(args)), "samples": args.samples}
+    how = {
+        "backend": args.backend,
+        "device": args.device,
+        "sampling": Sampling(**_sampling(args)),
+        "samples": args.samples,
+    }
     if args.every_checkpoint:
         return generate_at_checkpoints(args.run, prompts, **how)
     watch = on_terminal(prompts, args.samples)
@@ -66,6 +72,7 @@ def doctor(args: argparse.Namespace) -> Result:
     from mlx_training.config import load_config
     from mlx_training.diagnostics import doctor as diagnostics
     from mlx_training.environment import installed_backends
+    from mlx_training.memory import examining_advice, full_memory_explained
 
     names = list(installed_backends()) if args.backend == "both" else [args.backend]
     is_run = Path(args.config).is_dir()
@@ -75,11 +82,12 @@ def doctor(args: argparse.Namespace) -> Result:
     for name in names:
         if len(names) > 1:
             print(f"--- {name}", flush=True)
-        if is_run:
-            report = diagnostics.examine_run(Path(args.config), name, full=args.full, watch=print)
-        else:
-            config = load_config(args.config, args.overrides)
-            report = diagnostics.examine_config(config, name, full=args.full, watch=print)
+        with full_memory_explained(examining_advice):
+            if is_run:
+                report = diagnostics.examine_run(Path(args.config), name, full=args.full, watch=print)
+            else:
+                config = load_config(args.config, args.overrides)
+                report = diagnostics.examine_config(config, name, full=args.full, watch=print)
         reports.append(report.to_json())
     if len(reports) == 1:
         return reports[0]
@@ -167,7 +175,8 @@ def _generate_rows(args: argparse.Namespace) -> Result:
         raise UserError("--rows: one answer a row; --every-checkpoint and --samples go with prompts")
     from mlx_training.generate import generate_rows
 
-    return generate_rows(args.run, args.rows, args.backend, checkpoint=args.checkpoint, sampling=_sampling(args))
+    where = {"backend": args.backend, "device": args.device, "checkpoint": args.checkpoint}
+    return generate_rows(args.run, args.rows, **where, sampling=_sampling(args))
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,11 +206,6 @@ def _expect_run(run: Path, name: str = "RUN") -> None:
         raise CheckpointError(f"{name} {str(run)!r} is not a directory; give the output_dir of a training run{hint}")
 
 
-def _expect_rows(flag: str, path: Path | None) -> None:
+def _expect_file(flag: str, path: Path | None, what: str) -> None:
     if path is not None and not path.is_file():
-        raise DataError(f"{flag} {str(path)!r} is not a file; give one of rows, in the run's own format or canonical")
-
-
-def _expect_prompts(path: Path | None) -> None:
-    if path is not None and not path.is_file():
-        raise DataError(f"--prompts {str(path)!r} is not a file; give a text file with one prompt a line")
+        raise DataError(f"{flag} {str(path)!r} is not a file; give {what}")

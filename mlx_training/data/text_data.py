@@ -46,7 +46,8 @@ class TextData:
         if len(rows) < size:
             raise DataError(
                 f"training.batch_size {size} is larger than the training data: {self.sizes('train')['tokens']} tokens "
-                f"make {len(rows)} rows of {self.context_length}; use a smaller batch, a shorter context or more text"
+                f"make {len(rows)} row{'s' * (len(rows) != 1)} of {self.context_length}; set training.batch_size to "
+                f"{max(len(rows), 1)} or less, or give a shorter context_length or more text"
             )
         return TextBatches(rows, size, self.config.experiment.seed, self.transform)
 

@@ -37,6 +37,7 @@ from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, c
 from mlx_training.environment import installed_backends, resolve_backend
 from mlx_training.errors import BackendError
 from mlx_training.llm_source import is_weight, read_llm_config, safetensors_header, weight_files
+from mlx_training.notes import notes
 from mlx_training.pretrained import pretrained_spec
 from mlx_training.spec import PretrainedSpec, Spec, TimeSeriesSpec
 from mlx_training.trainer import plan as plan_steps
@@ -93,6 +94,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "expected_seconds": {
             name: _seconds(config, spec, name, flops, memory[name], steps) for name in installed_backends()
         },
+        "notes": notes(model, spec),
     }
 
 
@@ -130,6 +132,7 @@ def show(result: Mapping[str, Any]) -> str:
             continue
         total = "" if seconds["total"] is None else f", {_duration(seconds['total'])} in all (without evaluation)"
         lines.append(f"time, {name}: about {seconds['per_step']:.3g} s a step{total}")
+    lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join(lines)
 
 

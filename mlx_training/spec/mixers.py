@@ -47,12 +47,11 @@ class FixedPattern:
             near = " or ".join(map(str, _divisors(self.stride, self.vert_size)))
             yield "vert_size", f"given {self.vert_size}; it must divide the {self.stride} blocks of a segment: {near}"
             return
-        if self.num_verts > self.stride // self.vert_size:
-            most = self.stride // self.vert_size
-            yield "num_verts", f"given {self.num_verts}; {self.stride} blocks have {most} places of {self.vert_size}"
-        elif num_heads % self.num_verts:
-            near = " or ".join(map(str, _divisors(num_heads, self.num_verts)))
-            yield "num_verts", f"given {self.num_verts}; it must divide num_heads {num_heads}: {near}"
+        most = self.stride // self.vert_size
+        if self.num_verts > most or num_heads % self.num_verts:
+            valid = ", ".join(str(n) for n in range(1, most + 1) if num_heads % n == 0)
+            places = f"{self.stride} blocks have {most} places of {self.vert_size}"
+            yield "num_verts", f"given {self.num_verts}; {places}, and it must divide num_heads {num_heads}: {valid}"
 
     def summaries(self, num_heads: int) -> np.ndarray:
         """bool (N, stride): whether later segments see this block of a segment."""

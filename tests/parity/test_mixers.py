@@ -90,7 +90,7 @@ def test_fixed_pattern_by_hand() -> None:
         (FixedPattern(16, 64, 1, 5), 4, "vert_size", "a segment has 4 blocks: at most 4"),
         (FixedPattern(16, 64, 1, 3), 4, "vert_size", "it must divide the 4 blocks of a segment: 2 or 4"),
         (FixedPattern(16, 64, 4, 2), 4, "num_verts", "4 blocks have 2 places of 2"),
-        (FixedPattern(16, 64, 3, 1), 4, "num_verts", "it must divide num_heads 4: 2 or 4"),
+        (FixedPattern(16, 64, 3, 1), 4, "num_verts", "it must divide num_heads 4: 1, 2, 4"),
     ],
 )
 def test_impossible_patterns(pattern: FixedPattern, heads: int, key: str, says: str) -> None:

@@ -46,6 +46,7 @@ ROOMS = (
         "sampling",
         "protocols",
         "llm_source",
+        "notes",
         "pretrained",
         "quantize",
         "hf_mamba",
