@@ -16,7 +16,22 @@ def only(family: str, ending: type[relay.Ending], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(relay, "ENDINGS", (ending,))
 
 
-@pytest.mark.parametrize(("family", "ending"), [("decoder", relay.Ending), ("timeseries", relay.Signals)])
+SHORT = {
+    "decoder": relay.Ending,
+    "timeseries": relay.Signals,
+    "pretrained": relay.Ending,
+    "sparse": relay.Signals,
+    "recurrent": relay.Ending,
+    "ssm": relay.Signals,
+    "kgram": relay.Ending,
+}
+
+
+def test_every_family_has_a_short_form() -> None:
+    assert SHORT.keys() == relay.FAMILIES.keys()
+
+
+@pytest.mark.parametrize(("family", "ending"), SHORT.items())
 def test_the_short_form(
     family: str, ending: type[relay.Ending], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """One run, four legs: MLX, torch, MLX, torch. It must be the run that either backend makes alone, moments included.
 
-A decoder, an encoder and projector before the packaged 4-bit Llama, and DoRA on that Llama, with gradient accumulation
-and without dropout.
+A decoder, one with every sparse mixer, sinks and experts, an LSTM, all state-space mixers, a convolution over three
+tokens, an encoder and projector before the packaged 4-bit Llama, and DoRA on that Llama, with gradient accumulation and
+without dropout.
 Each leg is the real command with `--resume auto`. The legs end in two ways. Shorter runs: `training.max_steps` is
 raised from leg to leg, at a constant rate. Signals: SIGTERM comes in the last step of a leg, under a cosine schedule
 with warm-up over all four. The backends change inside an epoch.
@@ -39,10 +40,10 @@ experiment: {name: relay, seed: SEED}
 device: cpu
 logging: {every_steps: 1}
 """
-DECODER = """\
+LANGUAGE = """\
 model:
-  family: decoder
-  decoder: {hidden_size: 32, intermediate_size: 48, num_layers: 2, num_heads: 4, num_kv_heads: 2, context_length: 32}
+  family: FAMILY
+  SHAPE
   tokenizer: {train: 300}
 dataset: {format: corpus, num_samples_train: 40, num_samples_validation: 8, num_samples_test: 8}
 training: {batch_size: 3, grad_accumulation_steps: 2, learning_rate: 1e-3}
@@ -66,7 +67,21 @@ dataset: {format: corpus, num_samples_train: 40, num_samples_validation: 8, num_
 training: {batch_size: 3, grad_accumulation_steps: 2, learning_rate: 1e-3}
 evaluation: {metrics: [loss]}
 """
-FAMILIES = {"decoder": DECODER, "timeseries": TIMESERIES, "pretrained": PRETRAINED}
+SHAPES = {
+    "decoder": "decoder: {hidden_size: 32, intermediate_size: 48, num_layers: 2, num_heads: 4, num_kv_heads: 2, "
+    "context_length: 32}",
+    "sparse": "decoder: {hidden_size: 32, intermediate_size: 48, num_layers: 3, num_heads: 4, num_kv_heads: 2, "
+    "mixers: [local, strided, fixed], window: 8, stride: 4, fixed: {block_size: 4, local_context: 16, num_verts: 2}, "
+    "num_sinks: 2, experts: {num_experts: 4, num_active: 2}, context_length: 32}",
+    "recurrent": "recurrent: {hidden_size: 24, num_layers: 2, context_length: 32}",
+    "ssm": "ssm: {hidden_size: 16, state_size: 4, head_dim: 8, num_filters: 4, num_heads: 2, window: 8, num_layers: 5, "
+    "mixers: [mamba, mamba2, s4d, stu, local], context_length: 32}",
+    "kgram": "kgram: {form: convolution, k: 3, hidden_size: 24, context_length: 32}",
+}
+FAMILIES = {
+    name: LANGUAGE.replace("FAMILY", shape.partition(":")[0]).replace("SHAPE", shape) for name, shape in SHAPES.items()
+}
+FAMILIES |= {"timeseries": TIMESERIES, "pretrained": PRETRAINED}
 
 
 class Ending:
