@@ -84,11 +84,13 @@ def test_steps_equal_numpy(name: str, backend_name: str) -> None:
     assert state["step"] == 3 and all(array.dtype == np.float32 for array in state.values())
 
 
+@pytest.mark.parametrize("num_steps", [150, pytest.param(300, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_trajectory_and_changing_backends(name: str, record_property: Any) -> None:
-    """300 steps: |difference of the losses| <= 1e-4. From the state at step 150 the other backend goes on within 1e-4
-    of the course, and the same one to the bit.
+def test_trajectory_and_changing_backends(name: str, num_steps: int, record_property: Any) -> None:
+    """|difference of the losses| <= 1e-4. From the state at half time the other backend goes on within 1e-4 of the
+    course, and the same one to the bit.
     """
+    half = num_steps // 2
     data, optim = batches(SPEC, 64), OPTIMIZERS[name]
     course: dict[str, np.ndarray] = {}
     middle: dict[str, tuple[Arrays, Arrays]] = {}
@@ -101,21 +103,21 @@ def test_trajectory_and_changing_backends(name: str, record_property: Any) -> No
             step.load(saved[1])
         found = []
         for i in range(first, last + 1):
-            found.append(step([data[i % 64]], step=i, lr=rates(SPEC, i, 300, peak(name)))["loss"])
-            if first == 1 and i == 150:
+            found.append(step([data[i % 64]], step=i, lr=rates(SPEC, i, num_steps, peak(name)))["loss"])
+            if first == 1 and i == half:
                 middle[backend_name] = backend.export(model), step.export()
         return np.array([float(loss) for loss in found])
 
     for backend_name in ("mlx", "torch"):
-        course[backend_name] = losses(backend_name, 1, 300)
+        course[backend_name] = losses(backend_name, 1, num_steps)
     difference = np.abs(course["mlx"] - course["torch"])
     record_property("max_loss_difference", float(difference.max()))
-    assert course["torch"][-20:].mean() < 0.9 * course["torch"][:20].mean(), "nothing was learnt"
+    assert course["torch"][-20:].mean() < 0.95 * course["torch"][:20].mean(), "nothing was learnt"
     assert difference.max() <= 1e-4, f"{difference.max():.2e} at step {difference.argmax() + 1}"
     for here, there in (("mlx", "torch"), ("torch", "mlx")):
         saved = middle[here]
-        assert np.abs(losses(there, 151, 160) - course[there][150:160]).max() <= 1e-4
-        np.testing.assert_array_equal(losses(here, 151, 155), course[here][150:155])
+        assert np.abs(losses(there, half + 1, half + 10) - course[there][half : half + 10]).max() <= 1e-4
+        np.testing.assert_array_equal(losses(here, half + 1, half + 5), course[here][half : half + 5])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -62,10 +62,11 @@ def test_loss_and_gradients(case: str, directory: Path) -> None:
     assert without == {name for name, part in spec.zero_gradients().items() if part == slice(None)}
 
 
+@pytest.mark.parametrize("num_steps", [100, pytest.param(300, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("case", CASES)
-def test_trajectory(case: str, directory: Path, record_property) -> None:
-    """300 steps of AdamW with clipping, warm-up and accumulation: |difference| <= 1e-5 * max(1, loss)."""
-    spec, num_steps = specs(directory)[case], 300
+def test_trajectory(case: str, num_steps: int, directory: Path, record_property) -> None:
+    """Steps of AdamW with clipping, warm-up and accumulation: |difference| <= 1e-5 * max(1, loss)."""
+    spec = specs(directory)[case]
     data = batches(spec, 64)
     losses, ends = {}, {}
     for name in ("mlx", "torch"):
@@ -75,7 +76,11 @@ def test_trajectory(case: str, directory: Path, record_property) -> None:
         step = backend.make_step(model, lm, OPTIM, seed=0)
         losses[name] = [
             float(
-                step([data[2 * i % 64], data[(2 * i + 1) % 64]], step=i + 1, lr=rates(spec, i + 1, num_steps))["loss"]
+                step(
+                    [data[2 * i % 64], data[(2 * i + 1) % 64]],
+                    step=i + 1,
+                    lr=rates(spec, i + 1, num_steps, 0.3 / num_steps),
+                )["loss"]
             )
             for i in range(num_steps)
         ]
@@ -86,7 +91,7 @@ def test_trajectory(case: str, directory: Path, record_property) -> None:
     mlx, torch = np.array(losses["mlx"]), np.array(losses["torch"])
     difference = np.abs(mlx - torch) / np.maximum(1, torch)
     record_property("max_loss_difference", float(difference.max()))
-    assert torch[-20:].mean() < 0.9 * torch[:20].mean(), "nothing was learnt, so equality says little"
+    assert torch[-20:].mean() < 0.95 * torch[:20].mean(), "nothing was learnt, so equality says little"
     assert difference.max() <= 1e-5, f"{difference.max():.2e} at step {difference.argmax() + 1}"
 
 
@@ -107,8 +112,7 @@ def test_trajectory(case: str, directory: Path, record_property) -> None:
         "ssm-stu-local",
     ],
 )
-@pytest.mark.parametrize("order", [("mlx", "torch"), ("torch", "mlx")])
-def test_changing_backends_midway(case: str, order: tuple[str, str], directory: Path) -> None:
+def test_changing_backends_midway(case: str, directory: Path) -> None:
     """20 steps on one backend, then 20 on the other, with the optimiser's state: within 1e-4 of 40 on either."""
     spec = specs(directory)[case]
     data = batches(spec, 40)
@@ -128,11 +132,11 @@ def test_changing_backends_midway(case: str, order: tuple[str, str], directory: 
             parameters, state = backend.export(model), step.export()
         return without_zero_gradients(spec, parameters), losses
 
-    mixed, mixed_losses = run(order)
-    for name in order:
-        alone, losses = run((name, name))
-        assert max(np.abs(mixed[n] - alone[n]).max() for n in alone) <= 1e-4
-        assert np.abs(np.subtract(mixed_losses, losses)).max() <= 1e-4
+    alone = [run((name, name)) for name in ("mlx", "torch")]
+    for mixed, mixed_losses in (run(("mlx", "torch")), run(("torch", "mlx"))):
+        for parameters, losses in alone:
+            assert max(np.abs(mixed[n] - parameters[n]).max() for n in parameters) <= 1e-4
+            assert np.abs(np.subtract(mixed_losses, losses)).max() <= 1e-4
 
 
 def test_two_micro_batches_equal_one_batch(backend_name: str, directory: Path) -> None:
