@@ -145,7 +145,9 @@ class PretrainedModel(LanguageModel):
         num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = torch.from_numpy(tokens[:, num_known:]).long().to(self.lm.model.norm.weight.device)
-        self.lm.extend(self.lm.embed(new), cache)
+        nowhere = new.new_zeros(num_rows, 1) if self.trim_last_layer else None  # of the last layer keys and values do
+        with last_layer_at(self.lm.model.layers, nowhere):
+            self.lm.extend(self.lm.embed(new), cache)
         return torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])
 
     def label_logits(self, batch: Batch) -> Tensor:

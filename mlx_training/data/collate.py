@@ -1,6 +1,6 @@
 """Collate: encoded rows become one Batch, padded at the end, with few distinct shapes.
 
-L is a multiple of 16, the prefix of 8, K and P of 4; S is exact when every row has the same number of series, else a
+L, K and P are multiples of 4, the prefix of 8; S is exact when every row has the same number of series, else a
 multiple of 4. Every distinct shape is compiled once, so the roundings bound the number of compilations.
 """
 
@@ -15,7 +15,7 @@ from mlx_training.data.series import round_up
 PREFIX_STEP = 8  # a prefix is cut to a multiple of it
 
 
-def collate(encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int = 0, round_to: int = 16) -> Batch:
+def collate(encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int = 0, round_to: int = 4) -> Batch:
     """A Batch whose labels are the answers: position t - 1 predicts tokens[t], answer and EOS only."""
     counts = [len(item) - item.prompt_length for item in encoded]
     num_labels = round_up(max(*counts, 1), 4)
@@ -36,7 +36,7 @@ def common_prefix(tokens: np.ndarray) -> int:
 
 
 def collate_prompts(
-    encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int = 0, round_to: int = 16
+    encoded: Sequence[Encoded], rows: Sequence[int] = (), *, pad_id: int = 0, round_to: int = 4
 ) -> Batch:
     """A Batch to generate from: `encoded` are prompts without answers; one unsupervised dummy label a row."""
     assert all(len(item) == item.prompt_length for item in encoded), "encode with with_answer=False"

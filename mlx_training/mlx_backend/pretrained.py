@@ -121,7 +121,11 @@ class PretrainedModel(LanguageModel):
         """Keys and values of tokens (B, N), whose first ones may be known."""
         num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
-        self.lm.extend(self.lm.embed(mx.array(tokens[:, num_known:])), cache)
+        nowhere = (
+            mx.zeros((num_rows, 1), mx.int32) if self.trim_last_layer else None
+        )  # of the last layer keys and values do
+        with last_layer_at(self.lm.model.layers, nowhere):
+            self.lm.extend(self.lm.embed(mx.array(tokens[:, num_known:])), cache)
         return mx.stack([mx.stack(cache.keys), mx.stack(cache.values)])
 
     def label_logits(self, batch: Batch) -> mx.array:

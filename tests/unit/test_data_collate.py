@@ -76,7 +76,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_shapes_are_rounded_up() -> None:
     mixed = collate([encoded(8, 5, 3), encoded(40, 1, 9, 2)])
-    assert mixed.tokens.shape == (2, 48) and mixed.targets.shape == (2, 8)
+    assert mixed.tokens.shape == (2, 44) and mixed.targets.shape == (2, 8)
     assert mixed.series is not None and mixed.num_patches is not None and mixed.patch_index is not None
     assert mixed.series.shape == (4, 12 * PATCH)  # 3 series: a dummy makes 4
     assert mixed.num_patches.tolist() == [3, 9, 2, 1] and not mixed.series[3].any()
