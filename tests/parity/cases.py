@@ -81,13 +81,13 @@ def specs(directory: Path) -> dict[str, Spec]:
         ),
         "decoder-sparsek-sinks": DecoderSpec(
             VOCAB,
-            mixers=("sparsek", "causal"),
+            **(small | {"num_layers": 1}),
+            mixers=("sparsek",),
             window=4,
             num_selected=2,
             num_sinks=1,
             num_kv_heads=2,
             init_std=0.1,
-            **small,
         ),
         "decoder-unet": DecoderSpec(
             VOCAB,
