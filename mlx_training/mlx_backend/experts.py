@@ -1,6 +1,7 @@
 """Mixture of experts: tokens choose a few of many feed-forward layers.
 
-Shape suffixes: B rows, L tokens, H hidden, X tokens of all rows, E experts, A active experts a token.
+Shape suffixes: B rows, L tokens, H hidden, X tokens of all rows, E experts, A active experts a token,
+S choices: every token as often as it has active experts.
 """
 
 import mlx.core as mx
@@ -51,14 +52,22 @@ class Experts(nn.Module):
         return (out_BLAH * weights_BLA[..., None]).sum(-2)
 
     def _experts(self, chosen_BLA: mx.array, x_BLH: mx.array) -> mx.array:
+        """What each chosen expert makes of each token (B, L, A, H).
+
+        Sorted by expert, for the sake of the weights' gradient: unsorted, MLX makes a matrix for every token of it.
+        """
+        order_S = mx.argsort(chosen_BLA.flatten())
+        sorted_S = chosen_BLA.flatten()[order_S]
+
         def product(x: mx.array, stack: Stack) -> mx.array:
             weight = stack.weight.astype(x.dtype).swapaxes(-1, -2)
-            return mx.gather_mm(x, weight, rhs_indices=chosen_BLA)
+            return mx.gather_mm(x, weight, rhs_indices=sorted_S, sorted_indices=True)
 
-        x_BL11H = x_BLH[:, :, None, None]
-        up = product(x_BL11H, self.up_proj)
-        inner = nn.silu(product(x_BL11H, self.gate_proj)) * up if "gate_proj" in self else self.activation(up)
-        return product(inner, self.down_proj)[..., 0, :]
+        x_S1H = x_BLH.flatten(0, 1)[order_S // self.num_active][:, None]
+        up = product(x_S1H, self.up_proj)
+        inner = nn.silu(product(x_S1H, self.gate_proj)) * up if "gate_proj" in self else self.activation(up)
+        out_SH = product(inner, self.down_proj)[:, 0][mx.argsort(order_S)]
+        return out_SH.reshape(*chosen_BLA.shape, -1)
 
 
 def balance(logits_BLE: mx.array, chosen_BLA: mx.array, real_BL: mx.array | None) -> mx.array:
