@@ -1,7 +1,8 @@
 """Arithmetic of a training step, from sizes alone: what is multiplied forward, and what backward really needs.
 
 A product of (m, k) and (k, n) is 2mkn operations. Attention counts the full square (the usual convention: Chowdhery et
-al. 2022, PaLM, appendix B), although a fused kernel may skip the masked half. Norms, activations and softmax are left
+al. 2022, PaLM, appendix B), although a fused kernel may skip the masked half; sparse mixers count the blocks that they
+multiply, padding included, and experts those that are active, and their router. Norms, activations and softmax are left
 out, as is usual: together below 2 % at real sizes.
 
 Shape suffixes: B rows, L tokens, K labels a row, S series, P patches a series.
@@ -9,6 +10,7 @@ Shape suffixes: B rows, L tokens, K labels a row, S series, P patches a series.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from mlx_training.data.batch import Batch
@@ -53,6 +55,10 @@ class LMShape:
     key: int
     vocab: int
     num_ffn_matrices: int = 3
+    num_experts: int = 1
+    num_active: int = 1
+    seen: Callable[[int], float] = float  # keys a query is multiplied with, by the text's length
+    score_width: float = 1.0  # of queries and keys, as a multiple of a head's
     beside: int = 0  # float32 elements a place that a layer's attention keeps beside its queries, keys and values
     resized: int = 0  # the width of the layer before, where a matrix brings it to this one
     layers: tuple["LMShape", ...] = ()  # each one's own sizes, where they differ
@@ -65,16 +71,21 @@ class LMShape:
     @property
     def layer_weights(self) -> int:
         """Elements of one layer's matrices."""
-        return self.hidden * (2 * self.query + 2 * self.key + self.num_ffn_matrices * self.ffn + self.resized)
+        return self._layer_weights(self.num_experts)
 
     @property
     def weights(self) -> int:
-        """Elements of all layers' matrices."""
-        return sum(layer.layer_weights for layer in self.each)
+        """Elements of all layers' matrices that a token is multiplied with."""
+        return sum(layer._layer_weights(layer.num_active) for layer in self.each)
 
     def squares(self, length: int) -> int:
         """Operations of attention a place, which grow with the text."""
-        return sum(4 * layer.query * length for layer in self.each)
+        return round(sum(2 * (1 + layer.score_width) * layer.query * layer.seen(length) for layer in self.each))
+
+    def _layer_weights(self, num_experts: int) -> int:
+        router = self.num_experts if self.num_experts > 1 else 0
+        ffn = num_experts * self.num_ffn_matrices * self.ffn + router
+        return self.hidden * (2 * self.query + 2 * self.key + ffn + self.resized)
 
 
 @dataclass(frozen=True)
@@ -122,9 +133,10 @@ def _decoder(spec: DecoderSpec) -> LMShape:
         spec.num_kv_heads * spec.head_dim,
         spec.vocab_size,
         3 if spec.activation == "swiglu" else 2,
+        spec.experts.num_experts if spec.experts else 1,
+        spec.experts.num_active if spec.experts else 1,
+        score_width=2.0 if spec.num_sinks and spec.positions == "rope" else 1.0,  # turned and unturned, side by side
     )
-    if "sparsek" not in spec.mixers and not spec.widths:
-        return whole
     return replace(whole, layers=tuple(_layer(spec, whole, i) for i in range(spec.num_layers)))
 
 
@@ -135,6 +147,7 @@ def _layer(spec: DecoderSpec, whole: LMShape, number: int) -> LMShape:
         hidden=one.hidden_size,
         ffn=one.intermediate_size,
         num_layers=1,
+        seen=partial(keys_seen, one, number),
         query=one.num_heads * one.head_dim,
         key=one.num_kv_heads * one.head_dim,
         beside=_sparsek_elements(one) if spec.mixer(number) == "sparsek" else 0,
@@ -146,6 +159,27 @@ def _sparsek_elements(spec: DecoderSpec) -> int:
     """What a place of SparseK keeps: its chosen keys and values, and some copies of scores and weights (counted)."""
     chosen = spec.num_kv_heads * spec.num_selected
     return 2 * chosen * spec.head_dim + 12 * chosen + 5 * spec.num_heads * (spec.num_selected + 2 * spec.window)
+
+
+def keys_seen(spec: DecoderSpec, layer: int, length: int) -> float:
+    """Keys that a place of a text is multiplied with in this layer, as both backends do it: in whole blocks."""
+    mixer, window, segment = spec.mixer(layer), spec.window, spec.fixed.local_context
+    seen = float(length)
+    if mixer == "local" and window < length:
+        seen = _blocks(length, window) * window * 2 * window / length
+    elif mixer == "sparsek":
+        seen = float(spec.num_selected + 2 * spec.window)
+    elif mixer == "strided":
+        seen = spec.stride * _blocks(length, spec.stride) ** 2 / length
+    elif mixer == "fixed" and segment < length:
+        summaries = spec.fixed.vert_size * spec.fixed.block_size
+        blocks = _blocks(length, segment)
+        seen = blocks * segment * (blocks * summaries + segment) / length
+    return seen + spec.num_sinks
+
+
+def _blocks(length: int, size: int) -> int:
+    return -(-length // size)
 
 
 def _plain(spec: RecurrentSpec | KgramSpec) -> PlainShape:

@@ -89,6 +89,18 @@ class Machine:
     bytes_per_second: float
 
 
+def why_slow(device: str, precision: str) -> list[str]:
+    """One sentence on why MLX's products are far slower than PyTorch's on this machine, where they are."""
+    mlx, torch = (measure(name, device, precision) for name in ("mlx", "torch"))
+    if mlx is None or torch is None or mlx.device != "cpu" or 2 * mlx.flops_per_second > torch.flops_per_second:
+        return []
+    rates = f"{mlx.flops_per_second / 1e9:.0f} GFLOP/s here, PyTorch's {torch.flops_per_second / 1e9:.0f}"
+    return [
+        f"MLX's products make {rates}, so that large models take longer: on a CPU it has no fast kernels for bfloat16, "
+        "and without another library its Linux wheel has the reference BLAS for float32 (`mlx-training env` says which)"
+    ]
+
+
 def measure(backend: str, device: str = "auto", precision: str = "float32", *, fresh: bool = False) -> Machine | None:
     """The rates of an installed backend, measured now or within the last day; None where it cannot run.
 

@@ -94,7 +94,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "expected_seconds": {
             name: _seconds(config, spec, name, flops, memory[name], steps) for name in installed_backends()
         },
-        "notes": notes(model, spec),
+        "notes": notes(model, spec) + machine.why_slow(config.device, config.training.precision),
     }
 
 

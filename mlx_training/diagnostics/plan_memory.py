@@ -22,10 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from mlx_training.diagnostics.flops import BatchShape, LMShape, Shape
+from mlx_training.diagnostics.plan_decoder import extra_elements, stack_elements
 from mlx_training.diagnostics.plan_ssm import activation_bytes
 from mlx_training.optim import Optim
 from mlx_training.spec import (
     AdapterSpec,
+    DecoderSpec,
     EncoderSpec,
     KgramSpec,
     PretrainedSpec,
@@ -185,7 +187,11 @@ def count_memory(
     if isinstance(spec, TimeSeriesSpec):
         activations += _encoder_bytes(c, spec.encoder, lm.hidden, batch) if batch.series else 0
     elif not frozen and precision == "bfloat16":
-        activations += 2 * lm.weights  # matrices cast for every product are kept
+        activations += 2 * sum(layer.layer_weights for layer in lm.each)  # matrices cast for every product are kept
+    copied = trained
+    if isinstance(spec, DecoderSpec):
+        activations += tokens * width * extra_elements(spec, lm, batch.tokens, backend)
+        copied -= FLOAT32 * stack_elements(spec)
     if isinstance(spec, SSMSpec):
         activations = activation_bytes(spec, batch.rows, batch.tokens, backend, width)
     if isinstance(spec, PretrainedSpec) and spec.adapter:
@@ -194,7 +200,7 @@ def count_memory(
     step = Memory(
         weights=trained + weights.held,
         optimizer=FLOAT32 * optim.state_size(spec),
-        gradients=trained * (1 + c.copies),
+        gradients=trained + copied * c.copies,
         activations=round(activations + weights.expanded),
         logits=logits,
         overhead=round(c.overhead_bytes + c.overhead_share[frozen] * (activations + logits)),
@@ -230,7 +236,7 @@ def _adapter_bytes(adapter: AdapterSpec, tokens: int, width: int) -> int:
 def _bytes(kept: Kept, lm: LMShape, length: int, width: int) -> float:
     """Bytes a token."""
     narrow = kept.hidden * lm.hidden + kept.ffn * lm.ffn + kept.query * lm.query + kept.key * lm.key
-    return width * (narrow + kept.scores * lm.num_heads * length) + FLOAT32 * kept.wide * lm.hidden
+    return width * (narrow + kept.scores * lm.num_heads * lm.seen(length)) + FLOAT32 * kept.wide * lm.hidden
 
 
 def _encoder_bytes(c: Coefficients, encoder: EncoderSpec, lm_hidden: int, batch: BatchShape) -> float:

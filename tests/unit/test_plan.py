@@ -39,7 +39,7 @@ SHIPPED = {
     "timeseries/timeseriesexam": QA,
 }
 
-# Trains three steps on the longest batch of the first 64; prints the bytes that this took beyond the imports.
+# Trains three steps on the longest of the first batches (2,048 rows); prints the bytes it took beyond the imports.
 MEASURE = """
 import importlib, json, resource, sys
 from pathlib import Path
@@ -67,7 +67,7 @@ else:
 imported = resident("VmRSS")
 assembly = assemble(config)
 batches, total = plan(assembly)
-candidates = [batches.batch(i) for i in range(min(batches.num_batches, 64))]
+candidates = [batches.batch(i) for i in range(min(batches.num_batches, max(4, 2048 // config.training.batch_size)))]
 batch = max(candidates, key=lambda batch: (batch.tokens.size, batch.targets.size))
 model = backend.build(assembly.spec)
 backend.load(model, backend.export(model) | initialise(assembly.spec, 0))
@@ -191,6 +191,13 @@ def test_counts_are_those_of_the_built_model(tiny: Path, backend_name: str) -> N
 LANGUAGE = {
     "decoder": (),
     "decoder gelu": ("model.decoder.activation=gelu",),
+    "decoder bottleneck": ("model.decoder={num_heads: 4, num_kv_heads: 2, intermediate_dim: 8}",),
+    "decoder sparse": (
+        "model.decoder={num_layers: 3, mixers: [local, strided, fixed], window: 5, stride: 3}",
+        "model.decoder.fixed={block_size: 2, local_context: 6}",
+    ),
+    "decoder sinks": ("model.decoder={num_sinks: 3, mixers: [local], window: 6}",),
+    "decoder experts": ("model.decoder.experts={num_experts: 4, num_active: 2}",),
     "recurrent lstm": ("model.recurrent.embed_size=24",),
     "recurrent gru": ("model.recurrent.cell=gru", "model.recurrent.tie_word_embeddings=true"),
     "kgram onehot": ("model.kgram.form=onehot",),
@@ -230,6 +237,15 @@ def test_flops_are_those_that_torch_counts(kind: str, tiny: Path) -> None:
     expected = count_flops(spec, lm_shape(spec, llm_config), batch_shape(batch, 1 if is_text else 4))
     assert expected.forward == pytest.approx(counted.forward, rel=0.02), (expected, counted)
     assert expected.backward == pytest.approx(counted.backward, rel=0.02), (expected, counted)
+
+
+def test_the_plan_says_why_mlx_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not plan(load_config("quick_test"))["notes"], "both are as fast"
+    monkeypatch.setattr(
+        machine, "measure", lambda name, *_: Machine(name, "cpu", 1, 1e11 / (1 + 9 * (name == "mlx")), 1e10)
+    )
+    result = plan(load_config("quick_test"))
+    assert "note: MLX's products make 10 GFLOP/s here, PyTorch's 100, so that large models take longer" in show(result)
 
 
 def test_machine_is_measured_once_a_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend_name: str) -> None:
