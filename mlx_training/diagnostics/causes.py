@@ -121,6 +121,14 @@ CAUSES: dict[str, Cause] = {
         "MLX and PyTorch compute different numbers",
         "compare the named module with the other backend's (see tools/compare_backends.py)",
     ),
+    "decoding_differs": Cause(
+        "the model says something else when it reads token by token",
+        "append to the cache (or keep the state) at every token, and go on with positions where the prompt ended",
+    ),
+    "expert_unused": Cause(
+        "an expert never gets a token",
+        "raise model.decoder.experts.balance; look at what is added to the router's output",
+    ),
     "adapter_not_applied": Cause(
         "adapters have no part in what their Linears put out",
         "call the adapted module itself, and look at the names of targets",

@@ -16,6 +16,7 @@ from mlx_training.diagnostics import (
     data_checks,
     gradient_checks,
     label_checks,
+    language_checks,
     learning_checks,
     model_checks,
     run_checks,
@@ -42,6 +43,7 @@ CHECKS = (
     *gradient_checks.CHECKS,
     *update_checks.CHECKS,
     *learning_checks.CHECKS,
+    *language_checks.CHECKS,
     *speed_checks.CHECKS,
 )
 Watcher = Callable[[Finding], None]

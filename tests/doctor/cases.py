@@ -26,6 +26,14 @@ from tests.e2e.tiny import decoder_config, language_config, pretrained_config, s
 ANSWERS = ("up", "going down", "neither way")  # of different numbers of tokens
 NUM_ROWS = 112
 TRAINED_STEPS = 60
+SPARSE = [
+    "model.decoder.num_layers=3",
+    "model.decoder.mixers=[local, strided, fixed]",
+    "model.decoder.window=5",
+    "model.decoder.stride=3",
+    "model.decoder.fixed={block_size: 2, local_context: 6}",
+    "model.decoder.experts={num_experts: 3, num_active: 2}",
+]
 LANGUAGE_OVERRIDES = {
     "recurrent": ["training.max_steps=200", "model.recurrent.dropout=0.1"],
     "ssm": ["training.max_steps=200"],
@@ -37,7 +45,8 @@ def healthy(case: str, backend: str, folder: Path) -> Any:
     """A healthy subject on a backend, its files in `folder`; for "run" the directory of a finished run.
 
     "timeseries": encoder and projector in front of a frozen 4-bit Llama, at initial values. "trained": the same after
-    a few steps, which reads its series. "decoder": a small Llama from scratch; "recurrent" and "kgram": a small LSTM
+    a few steps, which reads its series. "decoder": a small Llama from scratch; "sparse": one with every sparse
+    mixer and with experts; "recurrent" and "kgram": a small LSTM
     and a small convolution over three tokens; "ssm": every state-space mixer; "adapters": LoRA on the
     frozen Llama.
     """
@@ -46,6 +55,8 @@ def healthy(case: str, backend: str, folder: Path) -> Any:
         importlib.import_module("mlx.core").random.seed(0)
     if case == "decoder":
         return from_config(load_config(_write_decoder(folder)), backend)
+    if case == "sparse":
+        return from_config(load_config(_write_decoder(folder), SPARSE), backend)
     if case in LANGUAGE_OVERRIDES:
         (folder / "config.yaml").write_text(language_config(folder / "run", case))
         return from_config(load_config(folder / "config.yaml", LANGUAGE_OVERRIDES[case]), backend)

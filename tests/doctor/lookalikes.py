@@ -14,6 +14,7 @@ from mlx_training.spec import Param, TimeSeriesSpec
 from tests.doctor.faults.base import (
     LOOKALIKES,
     change_parameters,
+    framework,
     freeze,
     is_torch,
     lookalike,
@@ -246,3 +247,19 @@ def first_loss_far_below_guessing(subject: Subject) -> None:
 def untied_head(subject: Subject) -> Subject:
     """The head is a matrix of its own."""
     return rebuilt(subject, {"model.decoder.tie_word_embeddings": False})
+
+
+@lookalike(case="decoder")
+def learnt_by_heart(subject: Subject) -> None:
+    """A language model that has learnt one batch by heart: it overfits, and nothing about it is broken."""
+    step, rates = subject.new_step(), dict.fromkeys(subject.spec.groups, 3e-2)
+    for number in range(1, 31):
+        step([subject.batch(0)], step=number, lr=rates)
+    subject.fresh, subject.trained = False, True
+
+
+@lookalike(case="sparse")
+def unequal_experts(subject: Subject) -> None:
+    """One expert is chosen for nearly every token; the others have their chance."""
+    router = subject.model.model.layers[0].mlp.router
+    override(router, lambda original, x: original(x) + 3.0 * (framework(x).arange(3) == 2))

@@ -33,17 +33,6 @@ HEALTHY |= {
 }
 
 
-@pytest.fixture
-def uncompiled(backend_name: str) -> Any:
-    if backend_name == "torch":
-        yield
-        return
-    mx = pytest.importorskip("mlx.core")
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def found_by(subject: Subject) -> list[Finding]:
     exam = Exam(subject)
     findings: list[Finding] = [rates(exam), *step_rule(exam)]

@@ -1,10 +1,12 @@
-"""Broken language models without attention: what they see, what they remember, which gate is which."""
+"""Broken language models: what they see, what they remember, which gate is which, what they are asked."""
 
 import copy
+import importlib
 from typing import Any
 
+from mlx_training.backend import replaced
 from mlx_training.diagnostics.subject import Subject
-from tests.doctor.faults.base import fault, framework, is_torch, override, stop
+from tests.doctor.faults.base import each_batch, edit, fault, framework, is_torch, override, stop
 
 
 @fault("future_visible", case="kgram")
@@ -63,3 +65,71 @@ def gates_in_another_order(subject: Subject) -> None:
         return inner(*args)
 
     override(rnn, call)
+
+
+@fault("future_visible", case="sparse")
+def window_that_ends_one_token_later(subject: Subject) -> None:
+    """The keys of sparse attention are cut one place too far to the right, as where a window is centred."""
+    module = importlib.import_module(type(subject.model).__module__)
+    mix = module.mix
+
+    def later(mixer: str, spec: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        f = framework(q)
+        k, v = ((f.cat if is_torch(x) else f.concatenate)([x[:, :, 1:], x[:, :, -1:]], 2) for x in (k, v))
+        return mix(mixer, spec, q, k, v, *rest)
+
+    def attend(original: Any, *given: Any) -> Any:
+        with replaced(module, "mix", later):
+            return original(*given)
+
+    for layer in subject.model.model.layers:
+        override(layer.self_attn, attend)
+
+
+@fault("realisation_differs", case="decoder", where="self_attn.k_proj", level="full", backends=("torch",))
+def keys_and_values_swapped(subject: Subject) -> None:
+    """A fused qkv matrix is cut in another order than it was joined: silent, since the blocks are equally large."""
+    attention = subject.model.model.layers[0].self_attn
+    k, v = attention.k_proj, attention.v_proj
+    override(k, lambda _, x: x @ v.weight.T)
+    override(v, lambda _, x: x @ k.weight.T)
+
+
+@fault("decoding_differs", case="recurrent", backends=("mlx",))
+def stale_state(subject: Subject) -> None:
+    """The state that the prompt has left is read at every token, and never written."""
+    stale_cache(subject)
+
+
+@fault("decoding_differs", case="decoder")
+def stale_cache(subject: Subject) -> None:
+    """A copy of the cache grows: the next token finds it as the prompt has left it."""
+
+    def stale(extend: Any, x: Any, cache: Any) -> Any:
+        return extend(x, cache if x.shape[1] > 1 else copy.deepcopy(cache))
+
+    override(subject.model, stale, "extend")
+
+
+@fault("padding_supervised", case="decoder", backends=("torch",))
+def loss_on_the_padding_of_windows(subject: Subject) -> None:
+    """The last window is filled up, and the filling is learnt."""
+    each_batch(subject, lambda batch: edit(batch, lengths=batch.lengths - 3))
+
+
+@fault("vocabulary_mismatch", case="decoder", backends=("torch",))
+def text_of_another_tokenizer(subject: Subject) -> None:
+    """A cache of tokens was made by a tokenizer with more ids."""
+    size = subject.spec.vocab_size  # type: ignore[attr-defined]
+    each_batch(subject, lambda batch: edit(batch, tokens=batch.tokens + size // 2, targets=batch.targets + size // 2))
+
+
+@fault("expert_unused", case="sparse", where="layers.0.mlp, expert 1")
+def expert_locked_out(subject: Subject) -> None:
+    """What keeps a padded expert out is added for a real one as well."""
+
+    def routed(router: Any, x: Any) -> Any:
+        logits = router(x)
+        return logits - 1e4 * (framework(x).arange(logits.shape[-1]) == 1)
+
+    override(subject.model.model.layers[0].mlp.router, routed)
