@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from mlx_training.backend import Runtime
+from mlx_training.config_schema import Performance
 from mlx_training.data.batch import Batch
 from mlx_training.diagnostics.plan_ssm import forward_flops
 from mlx_training.spec import (
@@ -29,7 +31,11 @@ from mlx_training.spec import (
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Shape of a micro-batch, padding included. `origin`: "data" (its longest batch) or "limits" (of the settings)."""
+    """Shape of a micro-batch, padding included. `origin`: "data" (its longest batch) or "limits" (of the settings).
+
+    `prefix`: leading places of every row that have no gradient. `last`: places a row at which a frozen language model's
+    last layer is computed; 0: all.
+    """
 
     rows: int
     tokens: int
@@ -37,6 +43,8 @@ class BatchShape:
     series: int = 0
     patches: int = 0
     origin: str = "data"
+    prefix: int = 0
+    last: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` shows."""
@@ -120,7 +128,14 @@ def batch_shape(batch: Batch, patch_size: int = 1) -> BatchShape:
     """The shape of a collated batch."""
     (B, L), K = batch.tokens.shape, batch.targets.shape[1]
     S, T = (0, 0) if batch.series is None else batch.series.shape
-    return BatchShape(B, L, K, S, T // patch_size)
+    return BatchShape(B, L, K, S, T // patch_size, prefix=batch.prefix)
+
+
+def spared(shape: BatchShape, spec: Spec, performance: Performance | Runtime) -> BatchShape:
+    """The shape with what these settings spare a frozen language model."""
+    is_read_ahead = isinstance(spec, TimeSeriesSpec) and not spec.adapter and performance.frozen_prefix != "off"
+    trims = isinstance(spec, PretrainedSpec) and performance.trim_last_layer and shape.labels < shape.tokens
+    return replace(shape, prefix=shape.prefix if is_read_ahead else 0, last=shape.labels if trims else 0)
 
 
 def _decoder(spec: DecoderSpec) -> LMShape:
@@ -224,29 +239,45 @@ def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
     """Operations of one micro-batch, both passes.
 
     Backward of a trained product is twice its forward (input and weight). In a frozen LM only the input's half is
-    needed, and only where gradients flow: none at all for a batch without series, unless the LM has adapters, whose own
-    products are counted and whose input gradients are needed from the first layer on. Attention's two products have no
-    weights, so both halves are always needed. The patch embedding reads data, so it has no input gradient.
+    needed, and only where gradients flow: none before the first series, and none at all for a batch without series,
+    unless the LM has adapters, whose own products are counted and whose input gradients are needed from the first layer
+    on. Attention's two products have no weights, so both halves are always needed. The patch embedding reads data, so
+    it has no input gradient.
     """
     if isinstance(spec, SSMSpec):
         forward = forward_flops(spec, batch.rows, batch.tokens, batch.labels)
         return Flops(forward, 2 * forward)
     tokens = batch.rows * batch.tokens
-    products = tokens * 2 * lm.weights
-    squares = tokens * lm.squares(batch.tokens)
     head = batch.rows * batch.labels * 2 * lm.hidden * lm.vocab
-    forward = products + squares + head
     if not isinstance(spec, PretrainedSpec):
+        forward = tokens * (2 * lm.weights + lm.squares(batch.tokens)) + head
         return Flops(forward, 2 * forward)
+    assert isinstance(lm, LMShape)
+    after = batch.rows * (batch.tokens - batch.prefix)
+    products, squares = _layers_flops(lm, batch, after, batch.tokens)
+    before = sum(_layers_flops(lm, replace(batch, last=1), tokens - after, batch.prefix)) if batch.prefix else 0
+    forward = before + products + squares + head
     adapters = _adapter_flops(spec, tokens)
     trains_head = isinstance(spec, TimeSeriesSpec) and spec.train_lm_head
     head_backward = head * (1 + trains_head)
-    through_lm = products + 2 * squares + head_backward + 2 * adapters
+    unused = batch.rows * batch.last * 4 * lm.hidden * lm.key  # keys and values of the last layer, twice at labels
+    through_lm = products - unused + 2 * squares + head_backward + 2 * adapters
     forward += adapters
     if not isinstance(spec, TimeSeriesSpec) or not batch.series:
         return Flops(forward, through_lm if spec.adapter else head * trains_head)
     patch_embed, trained = _encoder_flops(spec.encoder, lm.hidden, batch)
     return Flops(forward + patch_embed + trained, through_lm + patch_embed + 2 * trained)
+
+
+def _layers_flops(lm: LMShape, batch: BatchShape, places: int, length: int) -> tuple[int, int]:
+    """Forward operations of all layers over so many places, each of which sees `length`: products, attention."""
+    products, squares = places * 2 * lm.weights, places * lm.squares(length)
+    if not batch.last:
+        return products, squares
+    spared = places - batch.rows * batch.last  # by the last layer, but for keys and values
+    last = lm.each[-1]
+    kept = places * 4 * last.hidden * last.key
+    return products + kept - spared * 2 * last.layer_weights, squares - spared * lm.squares(length) // lm.num_layers
 
 
 def _adapter_flops(spec: PretrainedSpec, tokens: int) -> int:

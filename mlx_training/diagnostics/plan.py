@@ -32,7 +32,7 @@ from mlx_training.data.series import round_up
 from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer, expand
 from mlx_training.diagnostics import machine
-from mlx_training.diagnostics.flops import BatchShape, Flops, Shape, batch_shape, count_flops, lm_shape
+from mlx_training.diagnostics.flops import BatchShape, Flops, Shape, batch_shape, count_flops, lm_shape, spared
 from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, count_memory
 from mlx_training.environment import installed_backends, resolve_backend
 from mlx_training.errors import BackendError
@@ -69,6 +69,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     steps, batch = _from_data(config, spec) if data_at_hand(config) else (config.training.max_steps, None)
     batch = batch or _from_limits(config, spec, llm_config)
 
+    batch = spared(batch, spec, config.performance)
     flops = count_flops(spec, lm, batch)
     accumulation = config.training.grad_accumulation_steps
     places = batch.rows * batch.tokens
@@ -104,6 +105,7 @@ def bytes_needed(config: RunConfig, spec: Spec, batch: Batch, backend: str) -> i
     frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, PretrainedSpec) and llm_config else {}
     seen, rows = batch_shape(batch, _patch_size(spec)), config.training.batch_size
     whole = replace(seen, rows=rows, series=round(seen.series * rows / seen.rows))
+    whole = spared(whole, spec, config.performance)
     return _memory(config, spec, lm_shape(spec, llm_config), whole, backend, frozen).total
 
 

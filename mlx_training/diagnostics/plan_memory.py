@@ -175,15 +175,19 @@ def count_memory(
     assert isinstance(lm, LMShape)
     c, trained, frozen = COEFFICIENTS[backend], spec.num_parameters * FLOAT32, isinstance(spec, PretrainedSpec)
     width = 2 if precision == "bfloat16" else 4
-    tokens, labels = batch.rows * batch.tokens, batch.rows * batch.labels
+    tokens, labels = batch.rows * (batch.tokens - batch.prefix), batch.rows * batch.labels
     logits = labels * lm.vocab * FLOAT32
     carries_gradient = not isinstance(spec, PretrainedSpec) or bool(batch.series) or spec.adapter is not None
     layers = lm.each if carries_gradient else lm.each[:1]  # without a gradient each layer's tensors go at once
     kept = [_bytes(c.layer[frozen], layer, batch.tokens, width) + FLOAT32 * layer.beside for layer in layers]
+    if batch.last:  # its places, and keys and values of all
+        everywhere = _bytes(Kept(key=3, wide=1), layers[-1], batch.tokens, width)
+        kept[-1] = everywhere + kept[-1] * min(1, batch.rows * batch.last / tokens)
     inputs = sum(width * layer.hidden for layer in layers)
     elements = _bytes(c.once[frozen], lm, batch.tokens, width) + (max(kept) + inputs if recompute else sum(kept))
     transient = max(tokens * _bytes(c.transient, lm, batch.tokens, width) - c.logits_transient * logits, 0)
     activations = tokens * elements + transient
+    activations += batch.rows * batch.prefix * 2 * lm.num_layers * lm.key * width
     if isinstance(spec, TimeSeriesSpec):
         activations += _encoder_bytes(c, spec.encoder, lm.hidden, batch) if batch.series else 0
     elif not frozen and precision == "bfloat16":

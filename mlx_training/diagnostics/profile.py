@@ -17,7 +17,7 @@ from mlx_training.backend import replaced
 from mlx_training.config import RunConfig
 from mlx_training.data.batch import Batch
 from mlx_training.diagnostics import machine
-from mlx_training.diagnostics.flops import SHAPES, batch_shape, count_flops, lm_shape
+from mlx_training.diagnostics.flops import SHAPES, batch_shape, count_flops, lm_shape, spared
 from mlx_training.diagnostics.subject import Subject, from_config
 from mlx_training.llm_source import read_llm_config
 from mlx_training.objectives import Sums
@@ -247,7 +247,7 @@ def _rates(
     config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
     lm = lm_shape(spec, config)
     shapes = [batch_shape(batch, _patch_size(subject)) for batches in steps for batch in batches]
-    total = sum(count_flops(spec, lm, shape).total for shape in shapes)
+    total = sum(count_flops(spec, lm, spared(shape, spec, runtime)).total for shape in shapes)
     return total / sum(whole), peak
 
 
