@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # One thread a process: two threads under load were 10 to 100 times slower.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help setup quick_test test check bench proof clean
+.PHONY: help setup quick_test test check bench proof records clean
 
 help:  ## list the targets
 	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -40,6 +40,9 @@ bench: $(STAMP)  ## milliseconds a step on each installed backend
 proof: $(STAMP)  ## slow evidence, in fresh installations with one backend and in the tests marked proof
 	$(BIN)/python tools/fresh_environments.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m proof
+
+records: $(STAMP)  ## the runs of record of the language models, some hours; MLX_TRAINING_DATA names the data
+	$(BIN)/python tools/record.py
 
 clean:  ## the environment and every cache; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
