@@ -13,7 +13,13 @@ def make(lab: Lab) -> list[str]:
         "extends": "language/modern_llm_253m",
         "model": {"tokenizer": lab.data("tokenizer_gpt2")},
         "dataset": {"path": lab.data("wikitext2/valid.txt"), "splits": {"fraction": {"validation": 0.01}}},
-        "training": {"max_steps": 1, "batch_size": 1, "grad_accumulation_steps": 1, "precision": "float32"},
+        "training": {
+            "max_steps": 1,
+            "warmup_steps": 0,
+            "batch_size": 1,
+            "grad_accumulation_steps": 1,
+            "precision": "float32",
+        },
         "evaluation": {"every_steps": 1, "max_rows": 1},
         "checkpoint": {"every_steps": 1, "keep": 1},
     }
