@@ -1,7 +1,7 @@
 """The configurations of the other records on both backends, ten short steps each: how far the two losses part.
 
-Adagrad's first update moves every parameter by a whole learning rate (7e-3 for the titles), whatever its gradient: there
-the rounding of gradients near zero shows, and the loss rises before it falls.
+Adagrad's first update moves every parameter by a whole learning rate (7e-3 for the titles), whatever its gradient:
+there the rounding of gradients near zero shows, and the loss rises before it falls.
 """
 
 from typing import Any
