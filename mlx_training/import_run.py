@@ -63,7 +63,10 @@ def _section(spec: Trainable) -> dict[str, Any]:
     if isinstance(spec, DecoderSpec):
         shape = {key: getattr(spec, key) for key in DecoderShape.model_fields if hasattr(spec, key)}
         plain = {key: None if shape[key] is None else vars(shape[key]) for key in ("rope_scaling", "experts")}
-        ours = shape | plain | {"fixed": vars(spec.fixed), "mixers": [*spec.mixers]}
+        lists = {"mixers": [*spec.mixers], "widths": [*spec.widths] or None}
+        ours = shape | plain | lists | {"fixed": vars(spec.fixed)}
+        if spec.widths:
+            ours["head_dim"] = None  # of each layer by its width
         return {"family": "decoder", "vocab_size": spec.vocab_size, "decoder": ours}
     unread = [key for key, mixers in READERS.items() if not {*mixers} & {*spec.mixers}]
     shape = {key: getattr(spec, key) for key in SSMShape.model_fields if key not in unread}
