@@ -22,12 +22,11 @@ from mlx_training.data.questions import QuestionDataset
 from mlx_training.data.rows import Row
 from mlx_training.data.splits import SPLITS, SplitSpec, load_splits
 from mlx_training.data.text_data import TextData, load_text, vocabulary_size
-from mlx_training.data.tokenizer import Tokenizer, check_vocabulary
+from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.environment import resolve_backend
 from mlx_training.errors import CheckpointError, ConfigError, DataError
-from mlx_training.llm_source import read_llm_config
 from mlx_training.notes import notes
-from mlx_training.pretrained import pretrained_spec, timeseries_spec
+from mlx_training.pretrained import frozen_tokenizer, longest_text, pretrained_spec, timeseries_spec
 from mlx_training.spec import PretrainedSpec, Spec
 
 
@@ -118,15 +117,14 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
     """
     if isinstance(config.model, TimeSeriesConfig):
         spec = timeseries_spec(config.model)
-        tokenizer = Tokenizer.load(spec.llm.directory)
-        check_vocabulary(tokenizer.vocab_size, spec.llm.vocab_size, str(spec.llm.directory))
+        tokenizer = frozen_tokenizer(spec.llm)
         encoder = PromptEncoder(
             tokenizer,
             spec.encoder.patch_size,
             layout=config.model.layout,
             normalize=config.dataset.normalize,
             stats_in_text=config.dataset.stats_in_text,
-            max_length=config.dataset.max_length or _context_length(spec.llm.directory),
+            max_length=config.dataset.max_length or longest_text(spec),
             max_patches=spec.encoder.max_patches,
             max_series=spec.encoder.max_series,
         )
@@ -140,8 +138,7 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
 def _assemble_pretrained(config: RunConfig, model: PretrainedConfig) -> Assembly:
     """Text in windows, or rows without series, as the LM's own tokenizer reads them."""
     spec = pretrained_spec(model)
-    tokenizer, longest = Tokenizer.load(spec.llm.directory), _context_length(spec.llm.directory)
-    check_vocabulary(tokenizer.vocab_size, spec.llm.vocab_size, str(spec.llm.directory))
+    tokenizer, longest = frozen_tokenizer(spec.llm), longest_text(spec)
     if config.dataset.format not in TEXT:
         encoder = PromptEncoder(tokenizer, 0, max_length=config.dataset.max_length or longest)
         return Assembly(config, spec, RowData(tokenizer, encoder, config))
@@ -149,7 +146,7 @@ def _assemble_pretrained(config: RunConfig, model: PretrainedConfig) -> Assembly
         raise ConfigError(
             f"model.context_length: given {model.context_length}; {model.llm_id} reads at most {longest} tokens"
         )
-    return Assembly(config, spec, load_text(config, model, None))
+    return Assembly(config, spec, load_text(config, model, None, tokenizer))
 
 
 def load_run(
@@ -235,10 +232,6 @@ def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:
     options = data.options.model_dump(exclude_none=True)
     splits = load_splits(data.path, data.format, SplitSpec(**data.splits.model_dump(exclude_none=True)), **options)
     return {name: rows[: limits[name]] for name, rows in splits.items()}
-
-
-def _context_length(directory: Path) -> int | None:
-    return read_llm_config(directory).get("max_position_embeddings")
 
 
 def _pick(splits: dict[str, Any], name: str) -> Any:

@@ -203,7 +203,8 @@ def _expected(run: Path) -> tuple[Shapes | None, Shapes, str | None, str]:
     if not (run / "config.yaml").is_file():
         return None, {}, None, f"not checked: {run} has no config.yaml"
     from mlx_training.assemble import llm_sha256
-    from mlx_training.export import read_run_config, run_spec
+    from mlx_training.export import run_spec
+    from mlx_training.trained_run import read_run_config
 
     try:
         spec, optim = run_spec(run), read_run_config(run).optim

@@ -31,7 +31,7 @@ class PretrainedConfig(Section):
     family: Literal["pretrained"]
     """pretrained: LoRA or DoRA on a frozen LM."""
     llm_id: Text
-    """The frozen LM: builtin/..., a directory (with a / or .; an exported decoder is one), or a hub id."""
+    """Frozen LM: builtin/..., a directory (with a / or .), a run of family decoder (or its checkpoint), or a hub id."""
     llm_revision: str | None = None
     """Commit, tag or branch of a hub id."""
     llm_weights: Literal["auto", "dequantized", "resident"] = "auto"

@@ -48,7 +48,7 @@ class TimeSeriesConfig(Section):
     layout: Literal["standard", "opentslm"] = "standard"
     """How a row becomes tokens; opentslm reproduces the reference (BOS before every fragment)."""
     llm_id: Text = "builtin/tiny-llama-4bit"
-    """The frozen LM: builtin/..., a directory (with a / or .), or a hub id."""
+    """Frozen LM: builtin/..., a directory (with a / or .), a run of family decoder (or its checkpoint), or a hub id."""
     llm_revision: str | None = None
     """Commit, tag or branch of a hub id."""
     llm_weights: Literal["auto", "dequantized", "resident"] = "auto"

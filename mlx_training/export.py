@@ -4,32 +4,35 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from mlx_training.adapters import Adapter, kept_adapter, split_adapter, write_mlx_lm, write_peft
 from mlx_training.checkpoint import CheckpointStore, check_shapes
-from mlx_training.config import RunConfig, load_config
 from mlx_training.config_model import DecoderConfig, LanguageConfig, PretrainedConfig, SSMConfig, TimeSeriesConfig
-from mlx_training.data.text_data import vocabulary_size
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import CheckpointError, ConfigError
-from mlx_training.huggingface import to_huggingface
+from mlx_training.hf_llama import llama_kinds
+from mlx_training.huggingface import Trainable, to_huggingface
+from mlx_training.import_run import fill_run
 from mlx_training.llm_config import FAMILIES
 from mlx_training.llm_source import GROUP_SIZES, describe_llm, resolve_llm
-from mlx_training.merge import merge_and_quantize, merge_directory
+from mlx_training.merge import merge_and_quantize, merge_decoder, merge_directory
 from mlx_training.opentslm import write_opentslm
-from mlx_training.pretrained import pretrained_spec
+from mlx_training.pretrained import frozen_lm, pretrained_spec
 from mlx_training.quantize import quantize_directory
 from mlx_training.run_directory import whole_directory
-from mlx_training.spec import Spec
+from mlx_training.spec import DecoderSpec, FrozenLM, Spec, SSMSpec
+from mlx_training.trained_run import is_run, language_spec, read_decoder, read_run_config, tokenizer_of
 
 FORMATS = {  # and what each can hold: runs of a family, or the adapters of a run
     "hf": ("decoder", "ssm", "adapters"),
     "mlx": ("decoder", "adapters"),
     "peft": ("adapters",),
     "mlx-lm": ("adapters",),
+    "run": ("adapters",),
     "opentslm": ("timeseries",),
 }
 OPENTSLM_FILE = "model_checkpoint.pt"
@@ -60,6 +63,7 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         "mlx": lambda folder: _export_mlx(run, folder, bits, group_size),
         "peft": lambda folder: _export_adapter(run, folder, form),
         "mlx-lm": lambda folder: _export_adapter(run, folder, form),
+        "run": lambda folder: _export_run(run, folder, Path(target)),
         "opentslm": lambda folder: export_opentslm(run, folder / OPENTSLM_FILE),
     }
     with whole_directory(Path(target)) as folder:
@@ -69,22 +73,14 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
 def export_huggingface(run: Path, target: Path) -> str:
     """Write the best checkpoint of a run to `target`: config, float32 weights and the run's tokenizer.
 
-    Raises ConfigError when the run is not of family decoder or ssm, or has parts that Hugging Face's models have not.
+    Adapters on a decoder are merged into it. Raises ConfigError when the run is not of family decoder or ssm, nor has
+    such adapters, or the model has parts that Hugging Face's models have not.
     """
-    config = read_run_config(run)
-    if not isinstance(config.model, DecoderConfig | SSMConfig):
-        raise ConfigError(
-            f"{run}: a {config.model.family} run; only decoder and ssm runs can be exported as a directory"
-        )
-    source = _tokenizer_of(config.model, run)
+    spec, model, source, written = _own_model(run)
     tokenizer = Tokenizer.load(source)
-    spec = config.model.spec(vocabulary_size(config.model, tokenizer))
-    checkpoint = CheckpointStore(run).best_or_latest()
-    shapes = {name: array.shape for name, array in checkpoint.model.items()}
-    check_shapes({name: p.shape for name, p in spec.params().items()}, shapes, str(checkpoint.path))
     special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     try:
-        described, arrays = to_huggingface(spec, checkpoint.model, **special)
+        described, arrays = to_huggingface(spec, model, **special)
     except ConfigError as error:
         raise ConfigError(f"{run}: {error}") from None
     target.mkdir(parents=True, exist_ok=True)
@@ -96,7 +92,7 @@ def export_huggingface(run: Path, target: Path) -> str:
     save_file(arrays, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(described, indent=1) + "\n")
     (target / "generation_config.json").write_text(json.dumps(special, indent=1) + "\n")
-    return f"{len(arrays)} float32 arrays of step {checkpoint.step}"
+    return written
 
 
 def export_opentslm(run: Path, out: Path) -> str:
@@ -110,53 +106,105 @@ def export_opentslm(run: Path, out: Path) -> str:
     return f"{len(arrays)} arrays of step {checkpoint.step}; {lora or 'no LoRA'}"
 
 
-def read_run_config(run: Path) -> RunConfig:
-    """The configuration that a run was trained with. Raises CheckpointError where there is none."""
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run}: no config.yaml; expected a run directory, as `mlx-training train` makes it")
-    return load_config(run / "config.yaml")
-
-
 def run_spec(run: Path) -> Spec:
     """The spec of a trained run, without reading its data. Raises UserError where its LM or tokenizer is gone."""
     model = read_run_config(run).model
     if isinstance(model, LanguageConfig):
-        return model.spec(vocabulary_size(model, Tokenizer.load(_tokenizer_of(model, run))))
+        return language_spec(model, run)
     return pretrained_spec(model)
 
 
 def _export_dense(run: Path, target: Path) -> str:
     """A decoder, or the frozen LM with the adapters merged into it; of a time-series run the LM alone."""
-    if isinstance(read_run_config(run).model, LanguageConfig):
+    if _is_our_own(run):
         return export_huggingface(run, target)
-    base, adapter, step = _adapter_of(run)
-    merge_directory(base, adapter, target)
-    return f"{adapter} of step {step} merged into {base}, float32{_left_out(run)}"
+    llm, adapter, step = _adapter_of(run)
+    merge_directory(llm.directory, adapter, target)
+    return f"{adapter} of step {step} merged into {llm.directory}, float32{_left_out(run)}"
+
+
+def _export_run(run: Path, folder: Path, target: Path) -> str:
+    """A decoder with the adapters merged into it, as a run."""
+    if not _is_our_own(run):
+        raise ConfigError(
+            f"{run}: --format run is for adapters on a run of family decoder, their base is in Hugging Face's format; "
+            "give --format hf, and make a run of what it writes with `mlx-training checkpoint import`"
+        )
+    spec, arrays, tokenizer, written = _own_model(run)
+    fill_run(folder, target, spec, arrays, Tokenizer.load(tokenizer), str(run))
+    return f"{written}: a run of family decoder"
 
 
 def _export_adapter(run: Path, target: Path, form: str) -> str:
-    base, adapter, step = _adapter_of(run)
+    llm, adapter, step = _adapter_of(run)
+    if llm.decoder:
+        _check_libraries_know(llm.decoder, run, form)
     if form == "peft":
         write_peft(target, adapter, _on_frozen_lm(run).llm_id)
     else:
-        write_mlx_lm(target, adapter, describe_llm(base).num_layers)
+        layers = llm.decoder.num_layers if llm.decoder else describe_llm(llm.directory).num_layers
+        write_mlx_lm(target, adapter, layers)
     return f"{adapter} of step {step}{_left_out(run)}"
 
 
-def _adapter_of(run: Path) -> tuple[Path, Adapter, int]:
+def _check_libraries_know(decoder: DecoderSpec, run: Path, form: str) -> None:
+    """ConfigError for adapters whose base PEFT or mlx-lm cannot load under the same names."""
+    kinds = {kind: lacks for kind, lacks in llama_kinds(decoder).items() if form == "peft" or kind != "Mistral"}
+    nearest = min(kinds, key=lambda kind: len(kinds[kind]))
+    if kinds[nearest]:
+        raise ConfigError(
+            f"{run}: --format {form} holds adapters on a Llama or Qwen3; of their base {nearest} has no "
+            f"{', '.join(kinds[nearest])}. A run goes on from them with training.init_from={run}; base and adapters in "
+            "one: --format run, or hf where it is a GPT-2"
+        )
+
+
+class _Model(NamedTuple):
+    """A model of this project's own, as a run left it."""
+
+    spec: Trainable
+    arrays: dict[str, np.ndarray]
+    tokenizer: Path
+    written: str  # in words
+
+
+def _own_model(run: Path) -> _Model:
+    """What a run trained from scratch, or the decoder that it trained adapters on with these merged into it."""
+    model = read_run_config(run).model
+    if isinstance(model, LanguageConfig):
+        if not isinstance(model, DecoderConfig | SSMConfig):
+            raise ConfigError(f"{run}: a {model.family} run; only decoder and ssm runs can be exported as a directory")
+        checkpoint, spec = CheckpointStore(run).best_or_latest(), language_spec(model, run)
+        assert isinstance(spec, DecoderSpec | SSMSpec)
+        shapes = {name: array.shape for name, array in checkpoint.model.items()}
+        check_shapes({name: p.shape for name, p in spec.params().items()}, shapes, str(checkpoint.path))
+        written = f"{len(shapes)} float32 arrays of step {checkpoint.step}"
+        return _Model(spec, checkpoint.model, tokenizer_of(model, run), written)
+    llm, adapter, step = _adapter_of(run)
+    assert llm.decoder is not None
+    written = f"{adapter} of step {step} merged into {llm.directory}, float32{_left_out(run)}"
+    return _Model(llm.decoder, merge_decoder(llm.directory, adapter), read_decoder(llm.directory).tokenizer, written)
+
+
+def _is_our_own(run: Path) -> bool:
+    """Whether a run's model, or the frozen LM of its adapters, is one that this project trains from scratch."""
+    model = read_run_config(run).model
+    return isinstance(model, LanguageConfig) or is_run(resolve_llm(model.llm_id, model.llm_revision))
+
+
+def _adapter_of(run: Path) -> tuple[FrozenLM, Adapter, int]:
     """Base, adapters and step of a run that has some; the base must be the one they were trained on."""
     checkpoint = CheckpointStore(run).best_or_latest()
     _, adapter = split_adapter(checkpoint.model, checkpoint.state)
     assert adapter is not None, "the configuration of a run with adapters says so"
-    model = _on_frozen_lm(run)
-    base = resolve_llm(model.llm_id, model.llm_revision)
-    sha256 = describe_llm(base).sha256
-    if sha256 != adapter.llm_sha256:
+    llm = frozen_lm(_on_frozen_lm(run))
+    if llm.sha256 != adapter.llm_sha256:
         raise CheckpointError(
-            f"{base} is another model than {checkpoint.path} was trained on (sha256 {str(adapter.llm_sha256)[:12]}, "
-            f"found {sha256[:12]}); put the base back, or set model.llm_id in {run / 'config.yaml'} to where it is now"
+            f"{llm.directory} is another model than {checkpoint.path} was trained on (sha256 "
+            f"{str(adapter.llm_sha256)[:12]}, found {llm.sha256[:12]}); put the base back, or set model.llm_id in "
+            f"{run / 'config.yaml'} to where it is now"
         )
-    return base, adapter, checkpoint.step
+    return llm, adapter, checkpoint.step
 
 
 def _on_frozen_lm(run: Path) -> TimeSeriesConfig | PretrainedConfig:
@@ -171,12 +219,12 @@ def _left_out(run: Path) -> str:
 
 def _export_mlx(run: Path, target: Path, bits: int | None, group_size: int | None) -> str:
     """Quantise the dense model as `mlx_lm.convert -q` would; by default as the base was, else to 4 bits by 64."""
-    if not isinstance(read_run_config(run).model, LanguageConfig):
-        base, adapter, step = _adapter_of(run)
-        packed = describe_llm(base).quantization or {}
+    if not _is_our_own(run):
+        llm, adapter, step = _adapter_of(run)
+        packed = describe_llm(llm.directory).quantization or {}
         bits, group_size = bits or packed.get("bits", 4), group_size or packed.get("group_size", 64)
-        changed = merge_and_quantize(base, adapter, target, bits, group_size)
-        return f"{adapter} of step {step} merged into {base}, {changed}{_left_out(run)}"
+        changed = merge_and_quantize(llm.directory, adapter, target, bits, group_size)
+        return f"{adapter} of step {step} merged into {llm.directory}, {changed}{_left_out(run)}"
     bits, group_size = bits or 4, group_size or 64
     scratch = target / "float"
     written = export_huggingface(run, scratch)
@@ -193,9 +241,3 @@ def _export_mlx(run: Path, target: Path, bits: int | None, group_size: int | Non
     quantize_directory(scratch, target, bits, group_size)
     shutil.rmtree(scratch)
     return f"{written}, matrices quantised to {bits} bits in groups of {group_size}"
-
-
-def _tokenizer_of(model: LanguageConfig, run: Path) -> Path:
-    source = Path(model.tokenizer) if isinstance(model.tokenizer, str) else run / "tokenizer"
-    whole = source.name in ("tokenizer.json", "tokenizer.model")
-    return source.parent if whole and source.is_file() else source

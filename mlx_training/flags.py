@@ -156,10 +156,11 @@ def checkpoint_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="directory to make; absent or empty")
     parser.add_argument(
         "--format",
-        choices=("hf", "mlx", "peft", "mlx-lm", "opentslm"),
+        choices=("hf", "mlx", "peft", "mlx-lm", "run", "opentslm"),
         required=True,
         help="hf: Hugging Face directory, float32 (decoder, ssm); mlx: quantised (decoder); adapters are merged "
-        "into their base; peft, mlx-lm: adapters alone; opentslm: model_checkpoint.pt (time-series runs)",
+        "into their base; peft, mlx-lm: adapters alone; run: those on a decoder, merged, as a run; opentslm: "
+        "model_checkpoint.pt (time-series runs)",
     )
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of --format mlx; default: those of the base, else 4")
     parser.add_argument(

@@ -12,7 +12,7 @@ from mlx_training.config_model import LanguageConfig
 from mlx_training.config_ssm import READERS, SSMShape
 from mlx_training.data.tokenizer import Tokenizer, check_vocabulary
 from mlx_training.errors import ConfigError
-from mlx_training.huggingface import Trainable, read_huggingface
+from mlx_training.huggingface import Arrays, Trainable, read_huggingface
 from mlx_training.llm_source import resolve_llm
 from mlx_training.run_directory import whole_directory
 from mlx_training.spec import DecoderSpec
@@ -31,14 +31,20 @@ def import_run(source: str, run: Path) -> dict[str, Any]:
     spec, arrays = read_huggingface(directory)
     tokenizer = Tokenizer.load(directory)
     check_vocabulary(tokenizer.vocab_size, spec.vocab_size, str(directory))
-    config = _config(spec, source, run)
     with whole_directory(run) as folder:
-        tokenizer.save(folder / "tokenizer")
-        CheckpointStore(folder).save(0, arrays, {}, {"source": source}, best=True, keep=1)
-        (folder / TEXT).write_text(PLACEHOLDER)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        config = fill_run(folder, run, spec, arrays, tokenizer, source)
     count = sum(array.size for array in arrays.values())
     return {"from": source, "run": str(run), "family": config.model.family, "parameters": count}
+
+
+def fill_run(folder: Path, run: Path, spec: Trainable, arrays: Arrays, tokenizer: Tokenizer, source: str) -> RunConfig:
+    """Fill `folder`, which will be the run directory `run`, with a model as step 0; its configuration."""
+    config = _config(spec, source, run)
+    tokenizer.save(folder / "tokenizer")
+    CheckpointStore(folder).save(0, arrays, {}, {"source": source}, best=True, keep=1)
+    (folder / TEXT).write_text(PLACEHOLDER)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return config
 
 
 def _config(spec: Trainable, source: str, run: Path) -> RunConfig:

@@ -69,7 +69,7 @@ def resolve_llm(llm_id: str, revision: str | None = None) -> Path:
 def describe_llm(directory: Path) -> LLMInfo:
     """Sizes, quantisation and a fingerprint, from `config.json` and the files' bytes."""
     config = read_llm_config(directory)
-    sha256, hashed = _fingerprint([directory / "config.json", *weight_files(directory)])
+    sha256, hashed = fingerprint([directory / "config.json", *weight_files(directory)])
     return LLMInfo(
         model_type=config["model_type"],
         hidden_size=config["hidden_size"],
@@ -92,7 +92,9 @@ def read_llm_config(directory: Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         what = "has no config.json" if path.parent.is_dir() else "does not exist"
-        raise CheckpointError(f"{directory} {what}; expected a model directory in Hugging Face or MLX format")
+        raise CheckpointError(
+            f"{directory} {what}; expected a model directory in Hugging Face or MLX format, or a run of family decoder"
+        )
     try:
         config = parse_json(path.read_bytes())
         if not isinstance(config, dict):
@@ -246,8 +248,8 @@ def _download(llm_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _fingerprint(files: list[Path]) -> tuple[str, str]:
-    """sha256 over names, sizes and bytes; of large checkpoints only evenly spaced blocks are read."""
+def fingerprint(files: Sequence[Path]) -> tuple[str, str]:
+    """sha256 over names, sizes and bytes, and "full"; of large checkpoints of evenly spaced blocks, and "sampled"."""
     full = sum(path.stat().st_size for path in files) <= FULL_HASH_LIMIT
     digest = hashlib.sha256()
     for path in files:

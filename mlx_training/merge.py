@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mlx_training.adapters import Adapter
+from mlx_training.checkpoint_files import MODEL
 from mlx_training.llm_source import is_weight, read_llm_config, weight_files
 from mlx_training.pretrained import group_size
 from mlx_training.quantize import dequantize, quantize_directory, read_tensors, to_float32
@@ -51,6 +52,11 @@ def merge_directory(base: Path, adapter: Adapter, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
     config = {key: value for key, value in weights.config.items() if not key.startswith("quantization")}
     (target / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=1) + "\n")
+
+
+def merge_decoder(checkpoint: Path, adapter: Adapter) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint's decoder with the adapters in them."""
+    return {name: merge_weight(array, adapter, name) for name, array in load_file(checkpoint / MODEL).items()}
 
 
 def merge_weight(weight: np.ndarray, adapter: Adapter, name: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch_backend.adapter import adapt
 from torch_backend.decoder import Decoder
 from torch_backend.kgram import Kgram
 from torch_backend.layers import LanguageModel
-from torch_backend.pretrained import PretrainedModel, frozen_hash, load_pretrained
+from torch_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
 from torch_backend.recurrent import Recurrent
 from torch_backend.session import Session
 from torch_backend.ssm import SSM
@@ -50,9 +50,7 @@ class Backend:
     def build(self, spec: Spec) -> LanguageModel:
         model: LanguageModel
         if isinstance(spec, PretrainedSpec):
-            lm = load_pretrained(
-                spec.llm.directory, precision=self.runtime.precision, weights=spec.llm.weights, device=self.device
-            )
+            lm = load_frozen(spec.llm, precision=self.runtime.precision, device=self.device)
             if spec.adapter:
                 adapt(lm, spec.adapter)
             if isinstance(spec, TimeSeriesSpec):

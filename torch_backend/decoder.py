@@ -164,7 +164,7 @@ class Decoder(LanguageModel):
         self.spec, self.dtype = spec, dtype
         self.model = Body(spec)
         if not spec.tie_word_embeddings:
-            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.register_buffer("frequencies", torch.from_numpy(spec.rope_frequencies()), persistent=False)
         self.register_buffer("slopes", torch.from_numpy(spec.alibi_slopes()), persistent=False)
         self.register_buffer("summaries", torch.from_numpy(spec.fixed.summaries(spec.num_heads)), persistent=False)
@@ -197,8 +197,8 @@ class Decoder(LanguageModel):
         return self._run(x_BLH, positions_BL, places)
 
     def head(self, h: Tensor) -> Tensor:
-        weight = self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        logits = F.linear(h, weight.to(h.dtype)).float()
+        tied = self.spec.tie_word_embeddings
+        logits = (F.linear(h, self.model.embed_tokens.weight.to(h.dtype)) if tied else self.lm_head(h)).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
-from mlx_training.spec import PretrainedSpec
+from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
+from torch_backend.decoder import Decoder
 from torch_backend.last_layer import last_layer_at
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
@@ -110,10 +112,11 @@ class PretrainedLM(nn.Module):
 class PretrainedModel(LanguageModel):
     """A frozen LM on text, with what is trained on it."""
 
-    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM, runtime: Runtime) -> None:
+    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM | Decoder, runtime: Runtime) -> None:
         super().__init__()
         self.lm = lm
-        self.frozen_prefix = "off" if spec.adapter else runtime.frozen_prefix  # adapters train everywhere
+        whole = spec.adapter or spec.llm.decoder  # adapters train everywhere; a decoder has no such levers
+        self.frozen_prefix = "off" if whole else runtime.frozen_prefix
         self.trim_last_layer = runtime.trim_last_layer
         self._kept: dict[bytes, Tensor] = {}  # tokens that all rows of a batch began with -> their `past`
 
@@ -121,6 +124,8 @@ class PretrainedModel(LanguageModel):
         return self.lm.embed(batch.tokens)
 
     def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
+        if isinstance(self.lm, Decoder):
+            return self.lm.hidden(x_BLH, batch)
         assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
         return self.lm.hidden(x_BLH)
 
@@ -152,6 +157,8 @@ class PretrainedModel(LanguageModel):
 
     def label_logits(self, batch: Batch) -> Tensor:
         """Logits at the label places. What stands before the series and at no label is computed where it must be."""
+        if isinstance(self.lm, Decoder):
+            return super().label_logits(batch)
         x_BLH, places_BK = self.inputs(batch), batch.positions
         if batch.past is not None:
             num_read = batch.past.shape[-2]
@@ -163,6 +170,22 @@ class PretrainedModel(LanguageModel):
 
     def head(self, h: Tensor) -> Tensor:
         return self.lm.head(h)
+
+
+def load_frozen(llm: FrozenLM, *, precision: str = "float32", device: Any = None) -> PretrainedLM | Decoder:
+    """The frozen LM of a spec: a directory's (`load_pretrained`), or the decoder of a checkpoint.
+
+    A decoder's weights are in the compute type, as every product would cast them; its norms stay float32.
+    """
+    if llm.decoder is None:
+        return load_pretrained(llm.directory, precision=precision, weights=llm.weights, device=device)
+    dtype, device = getattr(torch, precision), torch.device(device or "cpu")
+    lm = Decoder(llm.decoder, dtype)
+    (file,) = weight_files(llm.directory)
+    arrays = load_file(file, device=str(device))
+    lm.load_state_dict({n: p if _is_norm(n) else p.to(dtype) for n, p in arrays.items()}, assign=True)
+    lm.requires_grad_(False)
+    return lm.to(device).eval()
 
 
 def load_pretrained(
@@ -208,7 +231,7 @@ def load_pretrained(
     return lm.requires_grad_(False).to(device).eval()
 
 
-def frozen_hash(lm: PretrainedLM) -> str:
+def frozen_hash(lm: nn.Module) -> str:
     """SHA-256 over all weights in name order; dense weights of one type give the same on both backends.
 
     Adapters have no part in it.
@@ -221,10 +244,14 @@ def frozen_hash(lm: PretrainedLM) -> str:
     return digest.hexdigest()
 
 
-def head_weight(lm: PretrainedLM) -> np.ndarray:
+def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     layer = lm.lm_head if hasattr(lm, "lm_head") else lm.model.embed_tokens
     return dense_weight(layer).cpu().numpy()
+
+
+def _is_norm(name: str) -> bool:
+    return name.rpartition(".")[0].endswith("norm")
 
 
 class _LayerCaches:

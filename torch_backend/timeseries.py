@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
+from torch_backend.decoder import Decoder
 from torch_backend.layers import RMSNorm, attention
 from torch_backend.pretrained import PretrainedLM, PretrainedModel, head_weight
 
@@ -116,15 +117,15 @@ class Projector(nn.Module):
 class TimeSeriesLM(PretrainedModel):
     """A frozen LM that reads patches where a row's series stand."""
 
-    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM, runtime: Runtime) -> None:
+    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM | Decoder, runtime: Runtime) -> None:
         super().__init__(spec, lm, runtime)
         self.encoder = Encoder(spec.encoder)
-        self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
+        self.projector = Projector(spec.projector, spec.encoder.hidden_size, spec.llm.hidden_size)
         self.train_lm_head = spec.train_lm_head
         if self.projector.output_norm is not None:
-            nn.init.constant_(self.projector.output_norm.weight, embedding_rms(lm))
+            nn.init.constant_(self.projector.output_norm.weight, embedding_rms(lm, spec.llm.vocab_size))
         if spec.train_lm_head:
-            self.lm_head = nn.Linear(lm.hidden_size, lm.vocab_size, bias=False)
+            self.lm_head = nn.Linear(spec.llm.hidden_size, spec.llm.vocab_size, bias=False)
             self.lm_head.weight = nn.Parameter(torch.tensor(head_weight(lm)))
 
     def inputs(self, batch: Batch) -> Tensor:
@@ -145,7 +146,7 @@ class TimeSeriesLM(PretrainedModel):
         return super().head(h)
 
 
-def embedding_rms(lm: PretrainedLM) -> float:
+def embedding_rms(lm: PretrainedLM | Decoder, vocab_size: int) -> float:
     """Root mean square of the LM's token embeddings; of a large vocabulary the first 4,096."""
-    embeddings = lm.embed(torch.arange(min(lm.vocab_size, 4096), device=next(iter(lm.state_dict().values())).device))
+    embeddings = lm.embed(torch.arange(min(vocab_size, 4096), device=next(iter(lm.state_dict().values())).device))
     return float(np.sqrt(np.square(embeddings.float().cpu().numpy(), dtype=np.float64).mean()))

@@ -24,7 +24,6 @@ from mlx_training.data.text_sources import Division, Source, TextSplits, sources
 from mlx_training.data.token_cache import TokenStream, cached_streams, encode_parts
 from mlx_training.data.tokenizer import Tokenizer, check_vocabulary, train_bpe
 from mlx_training.errors import DataError
-from mlx_training.llm_source import resolve_llm
 
 LARGE = 32 << 20  # bytes of text from which tokens are kept in a cache, asked or not
 
@@ -121,18 +120,21 @@ class TextData:
         return found
 
 
-def load_text(config: RunConfig, model: LanguageConfig | PretrainedConfig, run: Path | None) -> TextData:
+def load_text(
+    config: RunConfig, model: LanguageConfig | PretrainedConfig, run: Path | None, tokenizer: Tokenizer | None = None
+) -> TextData:
     """Read, divide and tokenise the text of a configuration. A tokenizer that is made here is kept in `run`.
+
+    That of a frozen LM is given.
 
     Raises DataError for text that cannot be used, and when the tokenizer has more ids than `model.vocab_size`.
     """
     data, training = config.dataset, config.training
     division = Division(_sources(config), _splits(config))
-    if isinstance(model, PretrainedConfig):
-        tokenizer = Tokenizer.load(resolve_llm(model.llm_id, model.llm_revision))
-    else:
+    if not isinstance(model, PretrainedConfig):
         tokenizer = text_tokenizer(model, division, run)
         vocabulary_size(model, tokenizer)
+    assert tokenizer is not None, "a frozen LM has its own"
     fim: FillInTheMiddle | None = None
     masking: Masking | None = None
     if training.objective == "fill_in_the_middle":

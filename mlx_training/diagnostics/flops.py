@@ -222,6 +222,8 @@ def lm_shape(spec: Spec, llm_config: Mapping[str, Any] | None = None) -> Shape:
     """The language model of a spec: a family's own sizes, or those of the frozen model's `config.json`."""
     if type(spec) in SHAPES:
         return SHAPES[type(spec)](spec)
+    if isinstance(spec, PretrainedSpec) and spec.llm.decoder:
+        return _decoder(spec.llm.decoder)
     assert llm_config is not None, "a frozen language model is described by its config.json"
     heads, head_dim = llm_config["num_attention_heads"], llm_config["head_dim"]
     return LMShape(

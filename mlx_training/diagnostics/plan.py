@@ -36,9 +36,9 @@ from mlx_training.diagnostics.flops import BatchShape, Flops, Shape, batch_shape
 from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, count_memory
 from mlx_training.environment import installed_backends, resolve_backend
 from mlx_training.errors import BackendError
-from mlx_training.llm_source import is_weight, read_llm_config, safetensors_header, weight_files
+from mlx_training.llm_source import is_weight, safetensors_header, weight_files
 from mlx_training.notes import notes
-from mlx_training.pretrained import pretrained_spec
+from mlx_training.pretrained import frozen_config, longest_text, pretrained_spec
 from mlx_training.spec import PretrainedSpec, Spec, TimeSeriesSpec
 from mlx_training.trainer import plan as plan_steps
 
@@ -63,11 +63,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         spec: Spec = pretrained_spec(model)
     else:
         spec = model.spec(_vocabulary(model))
-    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
+    llm_config = frozen_config(spec)
     lm = lm_shape(spec, llm_config)
-    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, PretrainedSpec) and llm_config else {}
+    frozen = _frozen_tensors(spec, llm_config)
     steps, batch = _from_data(config, spec) if data_at_hand(config) else (config.training.max_steps, None)
-    batch = batch or _from_limits(config, spec, llm_config)
+    batch = batch or _from_limits(config, spec)
 
     batch = spared(batch, spec, config.performance)
     flops = count_flops(spec, lm, batch)
@@ -101,12 +101,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
 def bytes_needed(config: RunConfig, spec: Spec, batch: Batch, backend: str) -> int:
     """Memory of a run beside the framework itself, on micro-batches of the configured size and this batch's lengths."""
-    llm_config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
-    frozen = _frozen_tensors(spec, llm_config) if isinstance(spec, PretrainedSpec) and llm_config else {}
+    llm_config = frozen_config(spec)
     seen, rows = batch_shape(batch, _patch_size(spec)), config.training.batch_size
     whole = replace(seen, rows=rows, series=round(seen.series * rows / seen.rows))
     whole = spared(whole, spec, config.performance)
-    return _memory(config, spec, lm_shape(spec, llm_config), whole, backend, frozen).total
+    return _memory(config, spec, lm_shape(spec, llm_config), whole, backend, _frozen_tensors(spec, llm_config)).total
 
 
 def show(result: Mapping[str, Any]) -> str:
@@ -181,7 +180,7 @@ def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | 
     return steps, batch_shape(batch, _patch_size(spec))
 
 
-def _from_limits(config: RunConfig, spec: Spec, llm_config: Mapping[str, Any] | None) -> BatchShape:
+def _from_limits(config: RunConfig, spec: Spec) -> BatchShape:
     """The longest batch that the settings allow; without dataset.max_length, all patches and a short text."""
     B = config.training.batch_size
     if config.dataset.format in TEXT:
@@ -189,14 +188,16 @@ def _from_limits(config: RunConfig, spec: Spec, llm_config: Mapping[str, Any] | 
         L = config.model.context_length
         labels = num_chosen(L, config.training.mask_rate) if config.training.objective == "masked" else L
         return BatchShape(B, L, labels, origin="data" if config.dataset.format in GENERATED else "limits")
-    labels = round_up(config.evaluation.max_new_tokens, 4)
+    assert isinstance(spec, PretrainedSpec)
+    labels, context = round_up(config.evaluation.max_new_tokens, 4), longest_text(spec)
     if not isinstance(spec, TimeSeriesSpec):
-        L = round_up(config.dataset.max_length or (llm_config or {}).get("max_position_embeddings") or TEXT_TOKENS, 16)
+        L = round_up(config.dataset.max_length or context or TEXT_TOKENS, 16)
         return BatchShape(B, L, min(labels, L), origin="limits")
     encoder = spec.encoder
     num_series = max(encoder.max_series, 1)
-    context = (llm_config or {}).get("max_position_embeddings") or math.inf
-    longest = config.dataset.max_length or min(context, num_series * encoder.max_patches + TEXT_TOKENS + labels)
+    longest = config.dataset.max_length or min(
+        context or math.inf, num_series * encoder.max_patches + TEXT_TOKENS + labels
+    )
     L = round_up(int(longest), 16)
     patches = min(encoder.max_patches, L // num_series)
     return BatchShape(B, L, min(labels, L), B * num_series, max(patches // 4 * 4, 4), origin="limits")
@@ -206,8 +207,13 @@ def _patch_size(spec: Spec) -> int:
     return spec.encoder.patch_size if isinstance(spec, TimeSeriesSpec) else 1
 
 
-def _frozen_tensors(spec: PretrainedSpec, llm_config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def _frozen_tensors(spec: Spec, llm_config: Mapping[str, Any] | None) -> dict[str, tuple[int, int]]:
     """{name: (elements of the dense tensor, bytes in the file with scales and biases)} of the frozen weights."""
+    if not isinstance(spec, PretrainedSpec):
+        return {}
+    if spec.llm.decoder:
+        return {name: (param.size, param.size * FLOAT32) for name, param in spec.llm.decoder.params().items()}
+    assert llm_config is not None
     headers: dict[str, Any] = {}
     for file in weight_files(spec.llm.directory):
         headers |= {name: entry for name, entry in safetensors_header(file)[0].items() if is_weight(name, llm_config)}

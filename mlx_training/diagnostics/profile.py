@@ -19,8 +19,8 @@ from mlx_training.data.batch import Batch
 from mlx_training.diagnostics import machine
 from mlx_training.diagnostics.flops import SHAPES, batch_shape, count_flops, lm_shape, spared
 from mlx_training.diagnostics.subject import Subject, from_config
-from mlx_training.llm_source import read_llm_config
 from mlx_training.objectives import Sums
+from mlx_training.pretrained import frozen_config
 from mlx_training.spec import PretrainedSpec, TimeSeriesSpec
 
 PHASES = ("data", "encoder", "lm_forward", "head_loss", "backward", "optimizer", "host")
@@ -244,8 +244,7 @@ def _rates(
     peak = machine.measure(subject.backend.name, runtime.device, runtime.precision)
     if not isinstance(spec, PretrainedSpec) and type(spec) not in SHAPES:
         return None, peak  # somebody's own model: its arithmetic is not known
-    config = read_llm_config(spec.llm.directory) if isinstance(spec, PretrainedSpec) else None
-    lm = lm_shape(spec, config)
+    lm = lm_shape(spec, frozen_config(spec))
     shapes = [batch_shape(batch, _patch_size(subject)) for batches in steps for batch in batches]
     total = sum(count_flops(spec, lm, spared(shape, spec, runtime)).total for shape in shapes)
     return total / sum(whole), peak

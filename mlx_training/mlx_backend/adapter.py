@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_training.mlx_backend.layers import Linear
+from mlx_training.mlx_backend.layers import Dropout, Linear
 from mlx_training.mlx_backend.quant import dense_weight
 from mlx_training.spec import AdapterSpec
 
@@ -18,7 +18,7 @@ class AdaptedLinear(nn.Module):
         self.scale = spec.scale
         self.lora_A = Linear(in_size, spec.rank, bias=False)
         self.lora_B = Linear(spec.rank, out_size, bias=False)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = Dropout(spec.dropout)
         if spec.dora:
             self.lora_magnitude_vector = mx.linalg.norm(dense_weight(base), axis=1)
 

@@ -20,7 +20,7 @@ from mlx_training.mlx_backend.adapter import adapt
 from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.kgram import Kgram
 from mlx_training.mlx_backend.layers import LanguageModel
-from mlx_training.mlx_backend.pretrained import PretrainedModel, frozen_hash, load_pretrained
+from mlx_training.mlx_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
 from mlx_training.mlx_backend.recurrent import Recurrent
 from mlx_training.mlx_backend.session import Session
 from mlx_training.mlx_backend.ssm import SSM
@@ -51,9 +51,7 @@ class Backend:
     def build(self, spec: Spec) -> LanguageModel:
         model: LanguageModel
         if isinstance(spec, PretrainedSpec):
-            lm = load_pretrained(
-                spec.llm.directory, precision=self.runtime.precision, weights=spec.llm.weights, device=self.device
-            )
+            lm = load_frozen(spec.llm, precision=self.runtime.precision, device=self.device)
             if spec.adapter:
                 adapt(lm, spec.adapter)
             if isinstance(spec, TimeSeriesSpec):

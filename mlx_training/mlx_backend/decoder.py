@@ -173,7 +173,7 @@ class Decoder(LanguageModel):
         self.spec, self.dtype = spec, dtype
         self.model = Body(spec)
         if not spec.tie_word_embeddings:
-            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self._frequencies = mx.array(spec.rope_frequencies())  # underscore: not a parameter
         self._slopes = mx.array(spec.alibi_slopes())
         self._summaries = mx.array(spec.fixed.summaries(spec.num_heads))
@@ -206,8 +206,9 @@ class Decoder(LanguageModel):
         return self._run(x_BLH, positions_BL, places)
 
     def head(self, h: mx.array) -> mx.array:
-        weight = self.model.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        logits = (h @ weight.astype(h.dtype).T).astype(mx.float32)
+        tied = self.spec.tie_word_embeddings
+        logits = h @ self.model.embed_tokens.weight.astype(h.dtype).T if tied else self.lm_head(h)
+        logits = logits.astype(mx.float32)
         cap = self.spec.logit_softcap
         return logits if cap is None else mx.tanh(logits / cap) * cap
 

@@ -21,10 +21,11 @@ from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.last_layer import last_layer_at
 from mlx_training.mlx_backend.layers import KVCache, LanguageModel
 from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quantized
-from mlx_training.spec import PretrainedSpec
+from mlx_training.spec import FrozenLM, PretrainedSpec
 
 NUM_KEPT = 4  # beginnings that rows share
 
@@ -88,10 +89,11 @@ class PretrainedLM(nn.Module):
 class PretrainedModel(LanguageModel):
     """A frozen LM on text, with what is trained on it."""
 
-    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM, runtime: Runtime) -> None:
+    def __init__(self, spec: PretrainedSpec, lm: PretrainedLM | Decoder, runtime: Runtime) -> None:
         super().__init__()
         self.lm = lm
-        self.frozen_prefix = "off" if spec.adapter else runtime.frozen_prefix  # adapters train everywhere
+        whole = spec.adapter or spec.llm.decoder  # adapters train everywhere; a decoder has no such levers
+        self.frozen_prefix = "off" if whole else runtime.frozen_prefix
         self.trim_last_layer = runtime.trim_last_layer
         self._kept: dict[bytes, mx.array] = {}  # tokens that all rows of a batch began with -> their `past`
 
@@ -99,6 +101,8 @@ class PretrainedModel(LanguageModel):
         return self.lm.embed(batch.tokens)
 
     def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
+        if isinstance(self.lm, Decoder):
+            return self.lm.hidden(x_BLH, batch)
         assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
         return self.lm.hidden(x_BLH)
 
@@ -130,6 +134,8 @@ class PretrainedModel(LanguageModel):
 
     def label_logits(self, batch: Batch) -> mx.array:
         """Logits at the label places. What stands before the series and at no label is computed where it must be."""
+        if isinstance(self.lm, Decoder):
+            return super().label_logits(batch)
         x_BLH, places_BK = self.inputs(batch), batch.positions
         if batch.past is not None:
             num_read = batch.past.shape[-2]
@@ -141,6 +147,23 @@ class PretrainedModel(LanguageModel):
 
     def head(self, h: mx.array) -> mx.array:
         return self.lm.head(h)
+
+
+def load_frozen(llm: FrozenLM, *, precision: str = "float32", device: Any = None) -> PretrainedLM | Decoder:
+    """The frozen LM of a spec: a directory's (`load_pretrained`), or the decoder of a checkpoint.
+
+    A decoder's weights are in the compute type, as every product would cast them; its norms stay float32.
+    """
+    if llm.decoder is None:
+        return load_pretrained(llm.directory, precision=precision, weights=llm.weights, device=device)
+    dtype = getattr(mx, precision)
+    with mx.stream(device or mx.default_device()):
+        lm = Decoder(llm.decoder, dtype)
+        (file,) = weight_files(llm.directory)
+        arrays = [(n, p if _is_norm(n) else p.astype(dtype)) for n, p in mx.load(str(file)).items()]
+        mx.eval(arrays)
+    lm.load_weights(arrays)
+    return lm.freeze().eval()
 
 
 def load_pretrained(
@@ -189,7 +212,7 @@ def load_pretrained(
     return lm.eval()
 
 
-def frozen_hash(lm: PretrainedLM) -> str:
+def frozen_hash(lm: nn.Module) -> str:
     """SHA-256 over all weights in name order; dense weights of one type give the same on both backends.
 
     Adapters have no part in it.
@@ -203,10 +226,14 @@ def frozen_hash(lm: PretrainedLM) -> str:
     return digest.hexdigest()
 
 
-def head_weight(lm: PretrainedLM) -> np.ndarray:
+def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     layer = lm.lm_head if "lm_head" in lm else lm.model.embed_tokens
     return np.array(dense_weight(layer))
+
+
+def _is_norm(name: str) -> bool:
+    return name.rpartition(".")[0].endswith("norm")
 
 
 class _LayerCache:

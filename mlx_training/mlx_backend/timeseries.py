@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
+from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.layers import RMSNorm, attention
 from mlx_training.mlx_backend.pretrained import PretrainedLM, PretrainedModel, head_weight
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
@@ -115,15 +116,15 @@ class Projector(nn.Module):
 class TimeSeriesLM(PretrainedModel):
     """A frozen LM that reads patches where a row's series stand."""
 
-    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM, runtime: Runtime) -> None:
+    def __init__(self, spec: TimeSeriesSpec, lm: PretrainedLM | Decoder, runtime: Runtime) -> None:
         super().__init__(spec, lm, runtime)
         self.encoder = Encoder(spec.encoder)
-        self.projector = Projector(spec.projector, spec.encoder.hidden_size, lm.hidden_size)
+        self.projector = Projector(spec.projector, spec.encoder.hidden_size, spec.llm.hidden_size)
         self.train_lm_head = spec.train_lm_head
         if self.projector.output_norm is not None:
-            self.projector.output_norm.weight = mx.full(lm.hidden_size, embedding_rms(lm))
+            self.projector.output_norm.weight = mx.full(spec.llm.hidden_size, embedding_rms(lm, spec.llm.vocab_size))
         if spec.train_lm_head:
-            self.lm_head = nn.Linear(lm.hidden_size, lm.vocab_size, bias=False)
+            self.lm_head = nn.Linear(spec.llm.hidden_size, spec.llm.vocab_size, bias=False)
             self.lm_head.weight = mx.array(head_weight(lm))
 
     def inputs(self, batch: Batch) -> mx.array:
@@ -144,7 +145,7 @@ class TimeSeriesLM(PretrainedModel):
         return super().head(h)
 
 
-def embedding_rms(lm: PretrainedLM) -> float:
+def embedding_rms(lm: PretrainedLM | Decoder, vocab_size: int) -> float:
     """Root mean square of the LM's token embeddings; of a large vocabulary the first 4,096."""
-    embeddings = lm.embed(mx.arange(min(lm.vocab_size, 4096)))
+    embeddings = lm.embed(mx.arange(min(vocab_size, 4096)))
     return float(np.sqrt(np.square(np.array(embeddings.astype(mx.float32)), dtype=np.float64).mean()))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_training.spec.adapter import AdapterSpec
+from mlx_training.spec.decoder import DecoderSpec
 from mlx_training.spec.param import Param, Spec
 
 
@@ -16,6 +17,7 @@ class FrozenLM:
     vocab_size: int
     sha256: str = ""  # of the weights, recorded in every checkpoint
     weights: str = "dequantized"  # or "resident": packed weights stay packed
+    decoder: DecoderSpec | None = None  # of a run of this project; `directory` is then its checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,8 @@ class PretrainedSpec(Spec):
     def params(self) -> dict[str, Param]:
         """The adapters."""
         return self.adapter.params() if self.adapter else {}
+
+    @property
+    def max_length(self) -> int | None:
+        """That of a decoder with learned positions; the libraries' models go on."""
+        return self.llm.decoder.max_length if self.llm.decoder else None

@@ -31,16 +31,9 @@ from mlx_training.spec import (
     SSMSpec,
     TimeSeriesSpec,
 )
+from tests.parity.decoder_bases import GPT, VOCAB, adapters_on_decoders
 
-VOCAB = 96
 ENCODER = EncoderSpec(patch_size=4, hidden_size=16, num_layers=2, num_heads=2, ffn_size=24, max_patches=12)
-GPT: dict[str, Any] = {
-    "norm": "layernorm",
-    "activation": "gelu",
-    "positions": "learned",
-    "attention_bias": True,
-    "mlp_bias": True,
-}
 OPTIM = Optim(weight_decay=0.01, grad_clip_norm=1.0)
 
 
@@ -64,6 +57,7 @@ def specs(directory: Path) -> dict[str, Spec]:
         "timeseries-lora": TimeSeriesSpec(llm, ENCODER, adapter=lora),
         "timeseries-lora-resident": TimeSeriesSpec(resident, ENCODER, adapter=lora),
         "pretrained-dora": PretrainedSpec(resident, adapter=dora),
+        **adapters_on_decoders(directory),
         "decoder-gqa-rope-scaling": DecoderSpec(VOCAB, num_kv_heads=2, rope_scaling=rope, init_std=0.06, **small),
         "decoder-untied": DecoderSpec(VOCAB, tie_word_embeddings=False, norm_eps=1e-3, **small),
         "decoder-gpt": DecoderSpec(VOCAB, context_length=24, init_std=0.06, position_init_std=0.1, **GPT, **bottleneck),
@@ -145,6 +139,8 @@ CASES = (
     "timeseries-lora",
     "timeseries-lora-resident",
     "pretrained-dora",
+    "pretrained-lora-gpt",
+    "pretrained-dora-sparse",
     "decoder-gqa-rope-scaling",
     "decoder-untied",
     "decoder-gpt",

@@ -84,8 +84,10 @@ def test_activations(case: str, directory: Path) -> None:
         expected |= {"encoder.patch_embed", "encoder.layers.1.linear2", "encoder", "projector.norm", "projector"}
         expected |= {"lm.model.layers.0.self_attn.q_proj", "lm.model.layers.0.mlp", "lm.model.norm"}
     elif isinstance(spec, PretrainedSpec):
-        expected |= {"lm.model.layers.0.mlp.down_proj.lora_A", "lm.model.layers.0.mlp.down_proj.base_layer"}
-        expected |= {"lm.model.layers.0.mlp.down_proj", "lm.model.norm"}
+        assert spec.adapter is not None
+        for path, *_ in spec.adapter.linears:
+            expected |= {f"lm.{path}", f"lm.{path}.lora_A", f"lm.{path}.base_layer"}
+        expected |= {"lm.model.norm"}
     elif isinstance(spec, DecoderSpec):
         expected |= {"model.embed_tokens", "model.layers.1.self_attn", "model.layers.1", "model.norm"}
     assert expected <= set(common) and list(mlx)[-2:] == list(torch)[-2:] == ["inputs", "logprobs"]

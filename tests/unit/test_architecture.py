@@ -48,6 +48,7 @@ ROOMS = (
         "llm_source",
         "notes",
         "pretrained",
+        "trained_run",
         "quantize",
         "hf_mamba",
         "hf_gpt2",
