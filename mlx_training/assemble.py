@@ -124,7 +124,7 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
             layout=config.model.layout,
             normalize=config.dataset.normalize,
             stats_in_text=config.dataset.stats_in_text,
-            max_length=config.dataset.max_length or longest_text(spec),
+            max_length=_max_length(config, spec),
             max_patches=spec.encoder.max_patches,
             max_series=spec.encoder.max_series,
         )
@@ -140,7 +140,7 @@ def _assemble_pretrained(config: RunConfig, model: PretrainedConfig) -> Assembly
     spec = pretrained_spec(model)
     tokenizer, longest = frozen_tokenizer(spec.llm), longest_text(spec)
     if config.dataset.format not in TEXT:
-        encoder = PromptEncoder(tokenizer, 0, max_length=config.dataset.max_length or longest)
+        encoder = PromptEncoder(tokenizer, 0, max_length=_max_length(config, spec))
         return Assembly(config, spec, RowData(tokenizer, encoder, config))
     if longest and model.context_length > longest:
         raise ConfigError(
@@ -220,6 +220,17 @@ def validate(config: RunConfig) -> dict[str, Any]:
     summary |= {"text": data.summary()} if isinstance(data, TextData) else {}
     found = notes(config.model, spec, data.tokenizer.vocab_size)
     return summary | ({"notes": found} if found else {})
+
+
+def _max_length(config: RunConfig, spec: PretrainedSpec) -> int | None:
+    """Most tokens of a row. ConfigError for more than learned positions allow."""
+    given, most = config.dataset.max_length, spec.max_length
+    if given is not None and most is not None and given > most:
+        raise ConfigError(
+            f"dataset.max_length: given {given}; {spec.llm.directory} has positions for {most} tokens (they are "
+            f"learned); give at most {most}"
+        )
+    return given or longest_text(spec)
 
 
 def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:

@@ -79,14 +79,17 @@ class Generator:
             )
 
     def answers(self, rows: Sequence[Row], encode: Callable[[Row], Encoded]) -> list[str]:
-        """An answer to every row's prompt, in row order. Nothing steers the model towards a row's options."""
-        stop, most = self.sampling.stop, self.sampling.max_new_tokens
+        """An answer to every row's prompt, in row order. Nothing steers the model towards a row's options.
+
+        It ends where learned positions do.
+        """
+        stop, longest = self.sampling.stop, self.model.spec.max_length or np.inf
         found: dict[int, Continuation] = {}
         for batch in eval_batches(rows, encode, self.batch_size, collate_prompts):
-            begun = [
-                Continuation(row, prompt, TextStream(self.tokenizer, stop=stop), most)
-                for row, prompt in zip(batch.rows, _prompt_tokens(batch), strict=True)
-            ]
+            begun = []
+            for row, prompt, length in zip(batch.rows, _prompt_tokens(batch), batch.lengths, strict=True):
+                room = max(1, min(self.sampling.max_new_tokens, longest - length))
+                begun.append(Continuation(row, prompt, TextStream(self.tokenizer, stop=stop), int(room)))
             self._run(batch, begun)
             found |= {continuation.row: continuation for continuation in begun}
         return [found[row].text.strip() for row in range(len(rows))]

@@ -236,7 +236,8 @@ class Decoder(LanguageModel):
         if self.spec.positions == "rope":
             places.angles_BLD = positions_BL[..., None].float() * self.frequencies
         elif self.spec.positions == "learned":
-            x_BLH = x_BLH + self.model.embed_positions(positions_BL).to(x_BLH.dtype)
+            known_BL = positions_BL.clamp(max=self.spec.context_length - 1)  # padding may go beyond
+            x_BLH = x_BLH + self.model.embed_positions(known_BL).to(x_BLH.dtype)
         x_BLH = self.model.dropout(x_BLH)
         outputs: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):

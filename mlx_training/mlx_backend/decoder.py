@@ -246,7 +246,8 @@ class Decoder(LanguageModel):
         if self.spec.positions == "rope":
             places.angles_BLD = positions_BL[..., None].astype(mx.float32) * self._frequencies
         elif self.spec.positions == "learned":
-            x_BLH = x_BLH + self.model.embed_positions(positions_BL).astype(x_BLH.dtype)
+            known_BL = mx.minimum(positions_BL, self.spec.context_length - 1)  # padding may go beyond
+            x_BLH = x_BLH + self.model.embed_positions(known_BL).astype(x_BLH.dtype)
         x_BLH = self.model.dropout(x_BLH)
         outputs: list[mx.array] = []
         for i, layer in enumerate(self.model.layers):

@@ -1,5 +1,6 @@
 """Adapters on a run of this project, on the command line: trained, merged into a run, exported; wrong bases refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
+from mlx_training.assemble import RowData, load_run
 from mlx_training.checkpoint import CheckpointStore
+from mlx_training.generate import Continuation, generator_of
+from mlx_training.sampling import Sampling
+from mlx_training.trained_run import read_decoder
 from tests.e2e.tiny import language_config
 from tests.e2e.workbench import CONFIG, DATA, Workbench
 
@@ -114,6 +119,7 @@ def test_bases_that_cannot_be_one(bench: Workbench) -> None:
     assert "given 17" in message and "reads at most 16 tokens" in message
     assert "'gate_proj' names no Linear of" in refused(CONFIG, base, "model.lora.targets=[gate_proj]")
     (checkpoint,) = (base / "checkpoints").glob("step_*")
+    assert read_decoder(base).spec.dropout == 0 and read_decoder(base).checkpoint == checkpoint
     assert bench.train(*ONCE, f"model.llm_id={checkpoint}", f"output_dir={bench.folder / 'on'}")["steps"] == 1
     assert "which cannot be a frozen LM; merge its adapters first" in refused(CONFIG, bench.folder / "on")
     other = bench.folder / "kgram"
@@ -132,3 +138,25 @@ def test_bases_that_cannot_be_one(bench: Workbench) -> None:
     assert "damaged checkpoint" in refused(DATA, base)
     shutil.rmtree(base / "checkpoints")
     assert "this run has saved no checkpoint yet" in refused(DATA, base)
+
+
+def test_rows_end_where_learned_positions_do(bench: Workbench) -> None:
+    """Also where padding goes beyond them, and answers would."""
+    bench.backend = "torch"
+    on_base(bench, GPT.replace("context_length: 16", "context_length: 59"), *ONCE)
+    tasks = [{"instruction": f"Add {i}.", "output": "one and one and one and " * i} for i in range(1, 17)]
+    bench.folder.joinpath("tasks.json").write_text(json.dumps(tasks))
+    rows = ["dataset={path: tasks.json, format: instruct, splits: {fraction: {validation: 0.25, test: 0.25}}}"]
+    rows += ["model.context_length=128", *ONCE]
+    message = bench.refused(CONFIG, "train", bench.config, *rows, "dataset.max_length=60")
+    assert "dataset.max_length: given 60" in message and "has positions for 59 tokens" in message
+    bench.train(*rows, "evaluation.max_new_tokens=99")
+    loaded, lengths = load_run(bench.run), {}
+
+    def watch(text: Continuation, _: str) -> None:
+        lengths[text.row] = len(text.prompt) + len(text.tokens), text.finish
+
+    assert isinstance(loaded.data, RowData)
+    generator = generator_of(loaded, Sampling(max_new_tokens=99), watch)
+    generator.answers(loaded.data.read(Path("tasks.json")), loaded.data.encode_prompt)
+    assert (59, "length") in lengths.values() and max(lengths.values())[0] == 59
