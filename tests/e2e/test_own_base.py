@@ -160,3 +160,19 @@ def test_rows_end_where_learned_positions_do(bench: Workbench) -> None:
     generator = generator_of(loaded, Sampling(max_new_tokens=99), watch)
     generator.answers(loaded.data.read(Path("tasks.json")), loaded.data.encode_prompt)
     assert (59, "length") in lengths.values() and max(lengths.values())[0] == 59
+
+
+def test_a_llama_of_one_s_own_in_every_format(bench: Workbench) -> None:
+    bench.backend = "torch"
+    base = on_base(bench, "model.decoder.hidden_size=32", *ONCE)
+    bench.train(*ONCE)
+    for form in ("peft", "mlx-lm"):
+        bench.json("checkpoint", "export", bench.run, "--to", form, "--format", form)
+        bench.train(*STILL, f"training.init_from=./{form}", f"output_dir=from-{form}")
+        after, trained = (CheckpointStore(Path(run)).load().model for run in (f"from-{form}", bench.run))
+        for name, array in trained.items():
+            np.testing.assert_allclose(after[name], array, rtol=0, atol=1e-7)
+    packed = ("--format", "mlx", "--bits", 8, "--group-size", 32)
+    written = bench.json("checkpoint", "export", bench.run, "--to", "packed", *packed)["written"]
+    assert f"merged into {base}" in written and "quantised to 8 bits in groups of 32" in written
+    assert bench.train(*STILL, "model.llm_id=./packed", "output_dir=on-packed")["steps"] == 1

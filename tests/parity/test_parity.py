@@ -100,6 +100,8 @@ def test_trajectory(case: str, num_steps: int, directory: Path, record_property)
     [
         "timeseries-ours",
         "pretrained-dora",
+        "pretrained-lora-gpt",
+        "pretrained-dora-sparse",
         "decoder-gqa-rope-scaling",
         "recurrent-lstm",
         "recurrent-gru",
