@@ -106,7 +106,7 @@ class Backend:
         wrt: Literal["parameters", "inputs"] = "parameters",
     ) -> Arrays:
         model.eval()
-        batch = self.to_device(batch)
+        batch = self._ready(model, batch) if wrt == "parameters" else self.to_device(batch)
 
         def mean() -> Tensor:
             sums = objective(model, batch)

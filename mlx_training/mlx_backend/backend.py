@@ -100,7 +100,7 @@ class Backend:
         wrt: Literal["parameters", "inputs"] = "parameters",
     ) -> Arrays:
         model.eval()
-        batch = self.to_device(batch)
+        batch = self._ready(model, batch) if wrt == "parameters" else self.to_device(batch)
 
         def mean() -> mx.array:
             sums = objective(model, batch)

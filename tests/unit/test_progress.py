@@ -19,7 +19,7 @@ def test_what_is_sound(values: dict[str, object]) -> None:
     [
         ("best", float("nan"), "a number or null"),
         ("best", 10**400, "a number or null"),
-        ("loss", None, "a number"),
+        ("loss", float("nan"), "a number or null"),
         ("tokens", True, "a count"),
         ("skipped", -1, "a count"),
         ("evaluated", 9, "at most 8"),

@@ -174,11 +174,11 @@ def causal_mask_missing(subject: Subject) -> None:
 def centred_smoothing(subject: Subject) -> None:
     """A convolution with "same" padding over the hidden states looks one token ahead."""
 
-    def smooth(hidden: Any, x: Any, batch: Any) -> Any:
-        h = hidden(x, batch)
+    def smooth(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        h = hidden(*args, **kwargs)
         return framework(h).concatenate([0.5 * h[:, :-1] + 0.5 * h[:, 1:], h[:, -1:]], 1)
 
-    override(subject.model, smooth, "hidden")
+    override(subject.model.lm, smooth, "hidden")
 
 
 def masked(subject: Subject, visible: Any, first_layer: int = 0) -> None:
