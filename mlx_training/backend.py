@@ -21,6 +21,7 @@ from mlx_training.spec import Spec
 
 Arrays = dict[str, np.ndarray]
 PACKAGES = {"mlx": "mlx_training.mlx_backend", "torch": "torch_backend"}
+TIMEOUT = 600  # seconds that processes which train together wait for each other
 PROBE = ("grad_norm", "param_norm", "update_norm", "m_norm", "v_norm", "zeros", "nonfinite")  # figures of a parameter
 
 
@@ -95,11 +96,28 @@ class Session(Protocol):
         """A session over copies of these rows; this one stays valid."""
 
 
+class Group(Protocol):
+    """The processes that take every step together; one, unless a launcher has started several."""
+
+    rank: int
+    size: int
+
+    def join(self) -> None:
+        """Meet the other processes of this job, if a launcher started several."""
+
+    def leave(self) -> None:
+        """Say good-bye, when there is nothing more to sum."""
+
+    def total(self, array: np.ndarray) -> np.ndarray:
+        """An array (float32 or int32) summed over the processes. Raises ProcessLostError."""
+
+
 class Backend(Protocol):
     """One framework."""
 
     name: str
     runtime: Runtime
+    group: Group
 
     def build(self, spec: Spec) -> Any:
         """Realise a spec: load and freeze what is pretrained; trainable parameters wait for `load`."""
@@ -164,9 +182,13 @@ def get(name: str, runtime: Runtime | None = None) -> Backend:
     return package.Backend(runtime or Runtime())
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed for one step's dropout: a function of (seed, step), so resuming has no RNG state to lose."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "little") >> 1
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A 63-bit seed for one step's dropout: a function of (seed, step), so resuming has no RNG state to lose.
+
+    Processes that train together draw masks of their own.
+    """
+    text = f"{seed}/{step}/{rank}" if rank else f"{seed}/{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def optimizer_groups(spec: Spec) -> dict[tuple[str, bool], list[str]]:

@@ -59,6 +59,18 @@ class MemoryExhaustedError(UserError):
     exit_code = 5
 
 
+class ProcessLostError(UserError):
+    """Another process of a job that trains together has ended or does not answer (exit code 6)."""
+
+    exit_code = 6
+
+    def __init__(self, rank: int, reason: object) -> None:
+        super().__init__(
+            f"process {rank} has lost another process of this job: {' '.join(str(reason).split())[:300]}. What was "
+            "saved is intact: see what the other process said, and start the job again with --resume auto"
+        )
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and it did so in good order. The message says what was saved."""
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_training.adapters import describe_adapter
 from mlx_training.assemble import Assembly, assemble, llm_sha256, open_backend
 from mlx_training.backend import Backend
@@ -35,6 +37,7 @@ from mlx_training.resume import RESULT, check_something_trains, find_checkpoint,
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
 from mlx_training.samples import SAMPLES, TrainingSamples
 from mlx_training.signals import interruptible, stoppable
+from mlx_training.together import diverging_together, expect_alike, joined, share, share_start
 from mlx_training.tracking import WANDB_ID, StepTimer, Tracker, open_tracker
 
 
@@ -44,13 +47,18 @@ def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequenc
     `resume`: None starts in a new directory; "auto" continues the newest valid checkpoint, or starts; a path
     continues that checkpoint. `allow_change`: keys that may differ from the run that is continued, beside harmless
     ones. Raises DivergedError, Interrupted, and the errors of what it puts together.
+
+    Every process that torchrun or mlx.launch starts calls this; all but process 0 return an empty object.
     """
-    run = Path(config.output_dir)
-    with locked(run), full_disk_explained(run), full_memory_explained(lambda: training_advice(config)):
-        try:
-            return train_locked(config, resume, allow_change)
-        except KeyboardInterrupt:
-            raise Interrupted(signal.SIGINT, _stopped_at_once(run)) from None
+    backend = open_backend(config)
+    with joined(backend, config) as config:
+        run = Path(config.output_dir)
+        with locked(run), full_disk_explained(run), full_memory_explained(lambda: training_advice(config)):
+            try:
+                result = train_locked(config, backend, resume, allow_change)
+            except KeyboardInterrupt:
+                raise Interrupted(signal.SIGINT, _stopped_at_once(run)) from None
+    return result if backend.group.rank == 0 else {}
 
 
 def _stopped_at_once(run: Path) -> str:
@@ -59,20 +67,30 @@ def _stopped_at_once(run: Path) -> str:
     return f"stopped at once: {kept}"
 
 
-def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[str]) -> dict[str, Any]:
+def train_locked(
+    config: RunConfig, backend: Backend, resume: str | None, allow_change: Sequence[str]
+) -> dict[str, Any]:
     """`train`, while no other process may train in this directory."""
     started = time.monotonic()
+    group = backend.group
     run = claim_run_directory(config.output_dir, resume is not None)
     store = CheckpointStore(run)
-    backend = open_backend(config)
     assembly = assemble(config, run)
     batches, total_steps = plan(assembly)
+    batches.share = group.rank, group.size
+    rows = fingerprint(assembly.data)
+    expect_alike(group, assembly, rows)
     checkpoint, changed = find_checkpoint(store, resume, assembly, allow_change)
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+    if not store.has_best:  # resumed before the best one, or in another directory
+        progress.best = None
     progress.stopped_early = out_of_patience(config, progress)
     first = checkpoint.step if checkpoint else 0
     is_over = first >= total_steps or progress.stopped_early
-    if checkpoint and is_over and (result := finished_result(store, checkpoint, changed, backend.name)):
+    result = finished_result(store, checkpoint, changed, backend.name) if checkpoint and is_over else None
+    first, is_over, result, known = share(group, [first, is_over, result, asdict(progress)])
+    progress = Progress(**known)
+    if result:
         print(f"{run}: finished at step {first}: nothing left to train", file=sys.stderr)
         return result
     if is_over:
@@ -89,8 +107,7 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
         if config.training.init_from:
             arrays = load_initial(config.training.init_from, assembly.spec, arrays)
         backend.load(model, arrays)
-    if not store.has_best:  # resumed before the best one, or in another directory
-        progress.best = None
+    share_start(group, backend, model, step)
     if not (checkpoint and store.holds(checkpoint.path)):
         set_aside(run / METRICS, run / EVENTS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
@@ -98,15 +115,16 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
     describe_run(run, assembly, backend.name)
     start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
     start += ": nothing left to train" if is_over else ""
+    others = f", {group.size} processes" if group.size > 1 else ""
     size = f"{assembly.spec.num_parameters:,} trainable parameters"
     for note in notes(config.model, assembly.spec, assembly.data.tokenizer.vocab_size) if first == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
+    print(f"{run}: {backend.name} ({backend.runtime.device}), {size}{others}, {start}", file=sys.stderr)
 
     about = {
         "llm_sha256": llm_sha256(assembly.spec),
         "adapter": describe_adapter(assembly.spec),
-        "data": fingerprint(assembly.data),
+        "data": rows,
         "backend": backend.name,
     }
     evaluator = Evaluator(config, backend, model, assembly.data)
@@ -122,18 +140,20 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
         closing(JsonLines(run / norms.FILE, from_step=first, lazy=True)) as probe_log,
         closing(TrainingSamples(run, evaluator, first, timer.restart)) as samples,
         closing(batches.prefetch(first * accumulation, total_steps * accumulation)) as stream,
+        diverging_together(group),
     ):
 
         def evaluate() -> bool:
             """Whether this is the best so far."""
-            values = evaluator.during_training()
+            values = share(group, evaluator.during_training())
             tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
             progress.evaluated = number
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
-            state = {"progress": asdict(progress), **about}
-            writer.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
+            if group.rank == 0:
+                state = {"progress": asdict(progress), **about}
+                writer.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
         if cadence.evaluates(number) and progress.evaluated < number:  # interrupted between saving and evaluating
@@ -149,11 +169,12 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
             guard.watch(number, metrics, micro_batches)
             if probes:
                 probe_log.log(norms.record_of(number, metrics["probe"], assembly.spec))
-            num_tokens = sum(batch.num_supervised for batch in micro_batches)
+            counts = [sum(batch.num_supervised for batch in micro_batches), bool(interrupted)]
+            num_tokens, num_stopped = group.total(np.array(counts, np.int32)).tolist()
             progress.tokens += num_tokens
             timer.count(num_tokens)
 
-            stopping = bool(interrupted)  # read once: a signal that comes later ends the next step
+            stopping = num_stopped > 0  # a signal that comes later ends the next step
             evaluates = cadence.evaluates(number) and not stopping
             saves = evaluates or cadence.saves(number) or stopping
             if saves or cadence.logs(number):
@@ -167,8 +188,12 @@ def train_locked(config: RunConfig, resume: str | None, allow_change: Sequence[s
             if saves and (evaluates or stopping or not guard.in_a_row):  # else the last update may have been a bad one
                 save(best=improved)
         writer.wait()
-        if interrupted:
-            raise Interrupted(interrupted[0], f"saved at step {number}; continue with --resume auto")
+        (num_stopped,) = group.total(np.array([bool(interrupted)], np.int32))  # nobody leaves before all is saved
+        if num_stopped:
+            received = interrupted[0] if interrupted else signal.SIGTERM  # another process received it
+            raise Interrupted(received, f"saved at step {number}; continue with --resume auto")
+    if group.rank > 0:
+        return {}
 
     with stoppable(f"in the final report; the training is saved at step {number}; continue with --resume auto"):
         backend.load(model, store.best_or_latest().model)

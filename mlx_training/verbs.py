@@ -1,6 +1,7 @@
 """What each command does: parsed arguments -> a result. Everything heavy is imported inside."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ def train(args: argparse.Namespace) -> Result:
     from mlx_training.trainer import train as train_configuration
 
     config = load_config(args.config, _overrides(args))
-    return train_configuration(config, resume=args.resume, allow_change=args.allow_change)
+    result = train_configuration(config, resume=args.resume, allow_change=args.allow_change)
+    if not result:
+        sys.exit(0)  # process 0 of this job prints the result
+    return result
 
 
 def evaluate(args: argparse.Namespace) -> Result:

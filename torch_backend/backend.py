@@ -20,6 +20,7 @@ from mlx_training.objectives import Objective
 from mlx_training.spec import DecoderSpec, KgramSpec, PretrainedSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 from torch_backend.adapter import adapt
 from torch_backend.decoder import Decoder
+from torch_backend.group import Group
 from torch_backend.kgram import Kgram
 from torch_backend.layers import LanguageModel
 from torch_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
@@ -45,6 +46,7 @@ class Backend:
     def __init__(self, runtime: Runtime) -> None:
         self.device = torch.device(_device(runtime.device))
         self.runtime = replace(runtime, device=self.device.type)
+        self.group = Group()
         self.dtype = getattr(torch, runtime.precision)
 
     def build(self, spec: Spec) -> LanguageModel:
@@ -75,7 +77,9 @@ class Backend:
         return {name: p.detach().float().cpu().numpy().copy() for name, p in self._trainable(model).items()}
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
-        return Step(model, model.spec, objective, optim, seed=seed, to_device=partial(self._ready, model))
+        return Step(
+            model, model.spec, objective, optim, seed=seed, group=self.group, to_device=partial(self._ready, model)
+        )
 
     @torch.no_grad()
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:

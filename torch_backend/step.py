@@ -13,6 +13,7 @@ from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, 
 from mlx_training.data.batch import Batch
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
+from torch_backend.group import Group
 from torch_backend.layers import LanguageModel
 from torch_backend.optimizers import State, clock, updated
 
@@ -21,7 +22,7 @@ HONOURS_FOUND_INF = ("cpu", "cuda")  # devices whose fused kernel reads it; Meta
 
 
 class Step:
-    """Gradients over micro-batches, one division by their total weight, clipping, the optimiser's update.
+    """Gradients over micro-batches and processes, one division by their total weight, clipping, the optimiser's update.
 
     An update that is not finite is skipped by the device, so that nobody has to wait for its result.
     """
@@ -34,9 +35,11 @@ class Step:
         optim: Optim,
         *,
         seed: int,
+        group: Group,
         to_device: Callable[[Batch], Batch],
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
+        self.group = group
         parameters, self.table = dict(model.named_parameters()), spec.params()
         self.parameters = {name: parameters[name] for name in self.table}
         self.names = list(optim.state_shapes(spec))
@@ -55,7 +58,7 @@ class Step:
     def __call__(
         self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float], probe: bool = False
     ) -> dict[str, Any]:
-        torch.manual_seed(step_seed(self.seed, step))
+        torch.manual_seed(step_seed(self.seed, step, self.group.rank))
         self.model.train()
         for p in self.parameters.values():
             p.grad = None
@@ -63,6 +66,8 @@ class Step:
         loss, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
         # zero where a batch did not use the parameter: it decays all the same
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
+        if self.group.size > 1:
+            loss, weight, *gradients = self.group.sum([loss, weight, *gradients])
         torch._foreach_div_(gradients, weight)
         norm = torch.nn.utils.get_total_norm(gradients)
         skipped = 1 - (loss.isfinite() & norm.isfinite()).float()

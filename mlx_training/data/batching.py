@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +28,9 @@ class Batches(Generic[RowT, ItemT]):
     An epoch is a permutation of the rows, cut into windows of `window` batches. Within a window rows are
     sorted by length and cut into batches (little padding), and the batches are shuffled. Every row comes
     once an epoch; the last window's longest batch may be short.
+
+    Of processes that train together each takes its `share` of every batch: rank r of n its rows r, r + n, ... One that
+    is left without a row takes one that counts nothing.
 
     `cache` keeps encoded rows (finite data that epochs repeat); switch it off for generated data.
     """
@@ -53,6 +57,7 @@ class Batches(Generic[RowT, ItemT]):
         self.seed = seed
         self.collate = collate
         self.window = window
+        self.share = 0, 1  # rank and number of processes
         self._cache: dict[int, ItemT] | None = {} if cache else None
         self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that was asked for last
@@ -71,7 +76,10 @@ class Batches(Generic[RowT, ItemT]):
             if self._window is None or self._window[0] != (epoch, window):
                 self._window = (epoch, window), self._build_window(epoch, window)
             chosen = self._window[1][place]
-        return self.collate([item for _, item in chosen], [row for row, _ in chosen])
+        rank, size = self.share
+        part = chosen[rank::size] or chosen[:1]
+        batch = self.collate([item for _, item in part], [row for row, _ in part])
+        return batch if rank < len(chosen) else replace(batch, mask=np.zeros_like(batch.mask))
 
     def order(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, shuffled: a pure function of the seed and the epoch."""

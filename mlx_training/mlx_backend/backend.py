@@ -18,6 +18,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.mlx_backend.adapter import adapt
 from mlx_training.mlx_backend.decoder import Decoder
+from mlx_training.mlx_backend.group import Group
 from mlx_training.mlx_backend.kgram import Kgram
 from mlx_training.mlx_backend.layers import LanguageModel
 from mlx_training.mlx_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
@@ -46,6 +47,7 @@ class Backend:
         self.device = _device(runtime.device)
         mx.set_default_device(self.device)
         self.runtime = replace(runtime, device="gpu" if self.device == mx.Device(mx.gpu) else "cpu")
+        self.group = Group()
         self.dtype = getattr(mx, runtime.precision)
 
     def build(self, spec: Spec) -> LanguageModel:
@@ -74,7 +76,9 @@ class Backend:
         return {name: np.array(p.astype(mx.float32)) for name, p in self._trainable(model).items()}
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
-        return Step(model, model.spec, objective, optim, seed=seed, to_device=partial(self._ready, model))
+        return Step(
+            model, model.spec, objective, optim, seed=seed, group=self.group, to_device=partial(self._ready, model)
+        )
 
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:
         model.eval()

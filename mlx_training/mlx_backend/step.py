@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_training.backend import Arrays, Optim, expect_names, probe_records, step_seed
 from mlx_training.data.batch import Batch
+from mlx_training.mlx_backend.group import Group
 from mlx_training.mlx_backend.layers import LanguageModel
 from mlx_training.mlx_backend.optimizers import State, clock, updated
 from mlx_training.objectives import Objective
@@ -19,7 +20,7 @@ States = tuple[dict[str, State], mx.array]  # of every parameter, and the number
 
 
 class Step:
-    """Gradients over micro-batches, one division by their total weight, clipping, the optimiser's update.
+    """Gradients over micro-batches and processes, one division by their total weight, clipping, the optimiser's update.
 
     The compiled functions are pure: parameters and optimiser state go in and come out, so nothing can be lost by
     a capture that was forgotten. Only the random state is captured (dropout). One trace a batch shape.
@@ -34,9 +35,11 @@ class Step:
         optim: Optim,
         *,
         seed: int,
+        group: Group,
         to_device: Callable[[Batch], Batch],
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
+        self.group = group
         self.table, self.names = spec.params(), list(optim.state_shapes(spec))
         self.state: dict[str, State] = {
             name: {key: mx.zeros(shape) for key, shape in optim.state(param).items()}
@@ -57,13 +60,13 @@ class Step:
     def __call__(
         self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float], probe: bool = False
     ) -> dict[str, Any]:
-        mx.random.seed(step_seed(self.seed, step))
+        mx.random.seed(step_seed(self.seed, step, self.group.rank))
         self.model.train()
         rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
         arrays = [self.to_device(batch).arrays() for batch in batches]
         parameters, states = self._parameters(), (self.state, self.taken)
         before = parameters
-        if len(arrays) == 1 and not probe:
+        if len(arrays) == 1 and not probe and self.group.size == 1:
             parameters, states, metrics = self._compiled_whole(parameters, states, arrays[0], rates)
         else:
             sums, gradients = self._compiled_gradients(parameters, arrays[0])
@@ -71,6 +74,9 @@ class Step:
                 more_sums, more_gradients = self._compiled_gradients(parameters, more)
                 sums = [a + b for a, b in zip(sums, more_sums, strict=True)]
                 gradients = {name: g + more_gradients[name] for name, g in gradients.items()}
+            if self.group.size > 1:
+                summed = self.group.sum([*sums, *gradients.values()])
+                sums, gradients = summed[:2], dict(zip(gradients, summed[2:], strict=True))
             parameters, states, metrics = self._compiled_update(parameters, states, sums, gradients, rates)
         self.state, self.taken = states
         self._attach(parameters)

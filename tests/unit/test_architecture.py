@@ -75,6 +75,7 @@ ROOMS = (
         "generate",
         "evaluate",
         "samples",
+        "together",
         "every_checkpoint",
         "export",
         "import_run",
