@@ -73,7 +73,10 @@ def share_start(group: Group, backend: Backend, model: Any, step: Step) -> None:
     """Give every process the parameters and the optimiser state of process 0."""
 
     def shared(arrays: Arrays) -> Arrays:
-        return {name: group.total(array if group.rank == 0 else np.zeros_like(array)) for name, array in arrays.items()}
+        flat = np.concatenate([array.ravel() for array in arrays.values()])
+        summed = group.total(flat if group.rank == 0 else np.zeros_like(flat))
+        parts = np.split(summed, np.cumsum([array.size for array in arrays.values()])[:-1])
+        return {name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
     if group.size > 1:
         backend.load(model, shared(backend.export(model)))

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,3 +114,21 @@ def test_evaluation_sees_every_row_once_by_length() -> None:
     lengths = np.concatenate([b.lengths for b in chosen])
     assert (np.diff(lengths) >= 0).all()
     assert all(DATASET[row].size == length for b in chosen for row, length in zip(b.rows, b.lengths, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_the_shares_of_processes_are_the_batch(size: int) -> None:
+    """The last batch of an epoch has 2 rows: more processes than that are left without one, and count nothing."""
+
+    def ones(items: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
+        batch = collate(items, rows)
+        return replace(batch, mask=np.ones_like(batch.mask))
+
+    for index in range(13):
+        whole, rows = batches().batch(index).rows, []
+        for rank in range(size):
+            data = batches()
+            data.collate, data.share = ones, (rank, size)
+            part = data.batch(index)
+            rows += part.rows if part.num_supervised else ()
+        assert sorted(rows) == sorted(whole)
