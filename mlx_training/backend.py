@@ -67,8 +67,9 @@ class Step(Protocol):
         """Take step number `step` (from 1) with one learning rate per parameter group.
 
         Returns device scalars {"loss": mean nats, "weight": supervised tokens, "grad_norm": before clipping,
-        "skipped": 0 or 1}; calling `float` on one waits for the device. When loss or gradient norm is not finite the
-        device itself skips the update: parameters, moments and their step count stay as they were.
+        "skipped": 0 or 1}, of all processes that train together; calling `float` on one waits for the device. When loss
+        or gradient norm is not finite the device itself skips the update: parameters, moments and their step count stay
+        as they were.
 
         With `probe` also "probe": {parameter: {figure: float}}, which waits for the device. Figures (PROBE): L2 norms
         of the mean gradient before clipping ("grad_norm"), of the parameter before the update, of the update (decay

@@ -197,7 +197,7 @@ examples:
 
 `mlx-training VERB --help` explains a verb. With --json the last line of stdout is one JSON object.
 Exit codes: 0 fine, 1 the doctor found a fault, 2 configuration, 3 data or checkpoint, 4 diverged,
-5 out of memory, 130/143 interrupted.
+5 out of memory, 6 another process of the job is gone, 130/143 interrupted.
 """
 
 
