@@ -26,6 +26,7 @@ PAGES = [
         "optimizers",
         "parity",
         "plan",
+        "scale_out",
     )
 ]
 TITLED = re.compile(r"```yaml\n# my.yaml\n(.*?)```\n\n```\n\$ mlx-training validate my.yaml (.*?)\n(.*?)```", re.DOTALL)
