@@ -291,3 +291,10 @@ def _check_fits(assembly: Assembly, checkpoint: Checkpoint) -> None:
     check_fits(assembly.spec, checkpoint)
     given = {name: array.shape for name, array in checkpoint.optimizer.items()}
     check_shapes(assembly.config.optim.state_shapes(assembly.spec), given, checkpoint.path / OPTIMIZER)
+
+
+def after_stop(run: Path) -> str:
+    """What a second Ctrl-C leaves."""
+    saved = CheckpointStore(run).paths()
+    kept = f"{saved[-1]} is the last checkpoint; continue with --resume auto" if saved else "nothing was saved yet"
+    return f"stopped at once: {kept}"

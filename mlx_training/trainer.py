@@ -33,7 +33,7 @@ from mlx_training.memory import full_memory_explained, training_advice
 from mlx_training.notes import notes
 from mlx_training.objectives.balanced import training_objective
 from mlx_training.progress import Progress
-from mlx_training.resume import RESULT, check_something_trains, find_checkpoint, finished_result, locked
+from mlx_training.resume import RESULT, after_stop, check_something_trains, find_checkpoint, finished_result, locked
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
 from mlx_training.samples import SAMPLES, TrainingSamples
 from mlx_training.signals import interruptible, stoppable
@@ -57,14 +57,8 @@ def train(config: RunConfig, *, resume: str | None = None, allow_change: Sequenc
             try:
                 result = train_locked(config, backend, resume, allow_change)
             except KeyboardInterrupt:
-                raise Interrupted(signal.SIGINT, _stopped_at_once(run)) from None
+                raise Interrupted(signal.SIGINT, after_stop(run)) from None
     return result if backend.group.rank == 0 else {}
-
-
-def _stopped_at_once(run: Path) -> str:
-    saved = CheckpointStore(run).paths()
-    kept = f"{saved[-1]} is the last checkpoint; continue with --resume auto" if saved else "nothing was saved yet"
-    return f"stopped at once: {kept}"
 
 
 def train_locked(
