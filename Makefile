@@ -34,7 +34,7 @@ check: $(STAMP)  ## linter, formatter, type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## milliseconds a step on each installed backend
+bench: $(STAMP)  ## ours beside its peers and hand-written loops, many minutes (docs/benchmarks.md)
 	$(BIN)/python tools/bench.py
 
 proof: $(STAMP)  ## slow evidence, in fresh installations with one backend and in the tests marked proof

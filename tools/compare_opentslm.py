@@ -51,7 +51,12 @@ class EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        module.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
+        def empty_class(name: str) -> type:
+            if name.startswith("__"):  # `inspect` asks every module for its file
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = empty_class  # type: ignore[method-assign]
 
 
 def make_rows() -> list[Row]:
@@ -99,8 +104,8 @@ def make_llm(directory: Path, rows: Sequence[Row]) -> Tokenizer:
     return tokenizer
 
 
-def load_reference(checkout: Path, llm: Path) -> Any:
-    """The reference's OpenTSLMSP on the CPU in float32."""
+def load_reference(checkout: Path, llm: Path, precision: str = "float32") -> Any:
+    """The reference's OpenTSLMSP on the CPU; bfloat16 is what its loader makes of the LM."""
     source = checkout / "src"
     if not (source / "opentslm" / "model" / "llm" / "OpenTSLMSP.py").is_file():
         raise ConfigError(f"--checkout {checkout}: expected a checkout of OpenTSLM, with {source}/opentslm in it")
@@ -119,7 +124,8 @@ def load_reference(checkout: Path, llm: Path) -> Any:
 
     auto_model, module.AutoModelForCausalLM = module.AutoModelForCausalLM, WithoutDeviceMap
     torch.manual_seed(1)
-    return module.OpenTSLMSP(llm_id=str(llm), device="cpu").float().train()
+    model = module.OpenTSLMSP(llm_id=str(llm), device="cpu")
+    return (model.float() if precision == "float32" else model).train()
 
 
 def reference_gradients(model: Any, row: Row) -> tuple[float, Arrays]:

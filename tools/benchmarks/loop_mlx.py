@@ -1,0 +1,152 @@
+"""The speed of light in MLX: the same step as loop_torch.py, written out by hand with the same levers, compiled whole.
+
+Shape suffixes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_training.blas import load_fast_blas
+
+load_fast_blas()  # before MLX, as the product does
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mlx_training.data.batching import Batches  # noqa: E402
+from mlx_training.data.collate import collate, common_prefix  # noqa: E402
+from mlx_training.init import initialise  # noqa: E402
+from tools.benchmarks import material  # noqa: E402
+from tools.benchmarks.ours import LOG_EVERY, RATES, encoder_of, timeseries_spec  # noqa: E402
+from tools.benchmarks.worker import Run  # noqa: E402
+
+Weights = dict[str, mx.array]
+
+
+class Llama:
+    """A frozen Llama: keys and values of a prefix (2, layers, B, N, L, D), or hidden states at labels after one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = json.loads((directory / "config.json").read_text())
+        self.w = mx.load(str(directory / "model.safetensors"))
+        self.D = self.config["head_dim"]
+
+    def heads(self, layer: int, name: str, x_BLH: mx.array) -> mx.array:
+        y = x_BLH @ self.w[f"model.layers.{layer}.self_attn.{name}.weight"].T
+        return y.reshape(*y.shape[:2], -1, self.D).transpose(0, 2, 1, 3)
+
+    def rope(self, x: mx.array, offset: Any) -> mx.array:
+        return mx.fast.rope(x, self.D, traditional=False, base=self.config["rope_theta"], scale=1.0, offset=offset)
+
+    def run(self, x_BLH: mx.array, past: mx.array | None, places_BK: mx.array | None) -> tuple[mx.array, mx.array]:
+        """Hidden states (at `places` of x, if given) and the keys and values of x."""
+        B, L, _ = x_BLH.shape
+        start, last, kept = 0 if past is None else past.shape[-2], self.config["num_hidden_layers"] - 1, []
+        mask: Any = "causal"
+        for i in range(last + 1):
+            at = f"model.layers.{i}"
+            n_BLH = mx.fast.rms_norm(x_BLH, self.w[f"{at}.input_layernorm.weight"], 1e-5)
+            k, v = self.rope(self.heads(i, "k_proj", n_BLH), start), self.heads(i, "v_proj", n_BLH)
+            kept.append(mx.stack([k, v]))
+            if past is not None:
+                before = mx.broadcast_to(past[:, i], (2, B, *past.shape[3:]))
+                k, v = mx.concatenate([before[0], k], axis=2), mx.concatenate([before[1], v], axis=2)
+            offset: Any = start
+            if i == last and places_BK is not None:
+                x_BLH, n_BLH = (mx.take_along_axis(x, places_BK[..., None], axis=1) for x in (x_BLH, n_BLH))
+                mask = (mx.arange(start + L) <= start + places_BK[..., None])[:, None]
+                offset = start + places_BK[:, 0]  # places follow each other
+            q = self.rope(self.heads(i, "q_proj", n_BLH), offset)
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.D**-0.5, mask=mask)
+            out = out.transpose(0, 2, 1, 3).reshape(B, -1, x_BLH.shape[-1])
+            x_BLH = x_BLH + out @ self.w[f"{at}.self_attn.o_proj.weight"].T
+            n_BLH = mx.fast.rms_norm(x_BLH, self.w[f"{at}.post_attention_layernorm.weight"], 1e-5)
+            gate, up, down = (self.w[f"{at}.mlp.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+            x_BLH = x_BLH + (nn.silu(n_BLH @ gate) * (n_BLH @ up)) @ down
+        return mx.fast.rms_norm(x_BLH, self.w["model.norm.weight"], 1e-5), mx.stack(kept, axis=1)
+
+
+def encode(p: Weights, batch: Weights, num_layers: int = 6, num_heads: int = 8) -> mx.array:
+    """Series (S, T) -> patches in the LM's space (S, P, H)."""
+
+    def linear(x: mx.array, name: str, dot: str = ".") -> mx.array:
+        return mx.addmm(p[f"{name}{dot}bias"], x, p[f"{name}{dot}weight"].T)
+
+    def norm(x: mx.array, name: str) -> mx.array:
+        return mx.fast.layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
+
+    d, _, size = p["encoder.patch_embed.weight"].shape
+    S = batch["series"].shape[0]
+    x = batch["series"].reshape(S, -1, size) @ p["encoder.patch_embed.weight"].reshape(d, size).T
+    P = x.shape[1]
+    x = norm(x + p["encoder.pos_embed"][:, :P], "encoder.input_norm")
+    mask = (mx.arange(P) < batch["num_patches"][:, None])[:, None, None]
+    for i in range(num_layers):
+        at = f"encoder.layers.{i}"
+        qkv = linear(x, f"{at}.self_attn.in_proj", "_")
+        q, k, v = qkv.reshape(S, P, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+        out = linear(out.transpose(0, 2, 1, 3).reshape(S, P, d), f"{at}.self_attn.out_proj")
+        x = norm(x + out, f"{at}.norm1")
+        x = norm(x + linear(nn.gelu(linear(x, f"{at}.linear1")), f"{at}.linear2"), f"{at}.norm2")
+    return nn.gelu(linear(norm(x, "projector.norm"), "projector.linear"))
+
+
+def timeseries(llm: str, rows: dict[str, Any], batch_size: int = 4, fixed: bool = False) -> Run:
+    """Steps of the time-series LM, float32."""
+    lm = Llama(Path(llm))
+    table = lm.w["model.embed_tokens.weight"]
+    p = {name: mx.array(w) for name, w in initialise(timeseries_spec(Path(llm)), 0).items()}
+    state = {name: (mx.zeros_like(w), mx.zeros_like(w)) for name, w in p.items()}
+    source = Batches(material.rows(**rows), encoder_of(Path(llm)).encode, batch_size, 0, collate)
+    ready = [(b.prefix, b.tokens, int(b.lengths.sum()), {n: mx.array(a) for n, a in b.arrays().items()})
+             for b in map(source.batch, [0] if fixed else range(64))]  # fmt: skip
+    stream, kept, taken = itertools.cycle(ready), dict[bytes, mx.array](), mx.array(0.0)
+
+    def read(prefix: int, tokens: np.ndarray) -> mx.array | None:
+        if not prefix:
+            return None
+        ids = tokens[:, :prefix]
+        if common_prefix(ids) < prefix:
+            return lm.run(table[mx.array(ids)], None, mx.zeros((len(ids), 1), mx.int32))[1]
+        if ids[0].tobytes() not in kept:
+            kept[ids[0].tobytes()] = lm.run(table[mx.array(ids[:1])], None, mx.zeros((1, 1), mx.int32))[1]
+        return kept[ids[0].tobytes()]
+
+    def loss_of(p: Weights, batch: Weights, past: mx.array | None) -> mx.array:
+        prefix = 0 if past is None else past.shape[-2]
+        patches = encode(p, batch).reshape(-1, table.shape[1])
+        index = batch["patch_index"][:, prefix:]
+        x = mx.where((index > 0)[..., None], patches[mx.maximum(index - 1, 0)], table[batch["tokens"][:, prefix:]])
+        logits = lm.run(x, past, mx.maximum(batch["positions"] - prefix, 0))[0] @ table.T
+        losses = nn.losses.cross_entropy(logits, batch["targets"])
+        return (losses * batch["mask"]).sum() / batch["mask"].sum()
+
+    @mx.compile
+    def step(p: Weights, state: Any, taken: mx.array, batch: Weights, past: mx.array | None) -> Any:
+        loss, gradients = mx.value_and_grad(loss_of)(p, batch, past)
+        norm, taken = mx.sqrt(sum(g.square().sum() for g in gradients.values())), taken + 1
+        factor = mx.minimum(1.0 / (norm + 1e-6), 1.0)
+        new, moments = {}, {}
+        for name, w in p.items():
+            rate, g, (m, v) = RATES[name.split(".")[0]], gradients[name] * factor, state[name]
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            update = (m / (1 - 0.9**taken)) / (mx.sqrt(v / (1 - 0.999**taken)) + 1e-8)
+            new[name], moments[name] = w * (1 - rate * 1e-2) - rate * update, (m, v)
+        return new, moments, taken, loss
+
+    def run(steps: int) -> dict[str, float]:
+        nonlocal p, state, taken
+        tokens, last = 0, 0.0
+        for i in range(1, steps + 1):
+            prefix, ids, count, batch = next(stream)
+            p, state, taken, loss = step(p, state, taken, batch, read(prefix, ids))
+            mx.async_eval(p, state, taken, loss)
+            tokens += count
+            if i % LOG_EVERY == 0 or i == steps:
+                last = loss.item()
+        return {"tokens": tokens / steps, "loss": last}
+
+    return run

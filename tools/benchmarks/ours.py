@@ -1,0 +1,157 @@
+"""Our side: the backend's own step on batches of the product's own iterator, read as the trainer reads it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_training import backend as backends
+from mlx_training.backend import Optim, Runtime
+from mlx_training.config_presets import PRESETS
+from mlx_training.data.batch import Batch
+from mlx_training.data.batching import Batches, eval_batches
+from mlx_training.data.collate import collate
+from mlx_training.data.prompt import Encoded, PromptEncoder
+from mlx_training.data.rows import Row
+from mlx_training.data.text import TextBatches, TextWindows
+from mlx_training.data.tokenizer import Tokenizer
+from mlx_training.generate import Generator
+from mlx_training.init import initialise
+from mlx_training.llm_source import describe_llm
+from mlx_training.objectives.lm import lm
+from mlx_training.pretrained import find_linears
+from mlx_training.sampling import Sampling
+from mlx_training.spec import AdapterSpec, DecoderSpec, EncoderSpec, FrozenLM, PretrainedSpec, Spec, TimeSeriesSpec
+from tools.benchmarks import material
+from tools.benchmarks.worker import Run
+
+LOG_EVERY = 10  # as logging.every_steps: nobody waits for a step's result in between
+RATES = {"encoder": 2e-4, "projector": 1e-4}  # as published
+OPTIM = Optim(weight_decay=1e-2, grad_clip_norm=1.0)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Training:
+    """A model that trains on a stream of batches."""
+
+    def __init__(
+        self, spec: Spec, stream: Iterator[Batch], backend: str, rates: dict[str, float], optim: Optim, runtime: Any
+    ) -> None:
+        self.backend, self.stream, self.rates = backends.get(backend, Runtime(**runtime)), stream, rates
+        self.model = self.backend.build(spec)
+        self.backend.load(self.model, self.backend.export(self.model) | initialise(spec, 0))
+        self.step = self.backend.make_step(self.model, lm, optim, seed=0)
+        self.number = 0
+
+    def __call__(self, steps: int) -> dict[str, float]:
+        """Take so many steps; tokens a step that count, and the last loss."""
+        tokens, loss = 0, 0.0
+        for i in range(1, steps + 1):
+            batch = next(self.stream)
+            self.number += 1
+            metrics = self.step([batch], step=self.number, lr=self.rates)
+            tokens += int(batch.lengths.sum())
+            if i % LOG_EVERY == 0 or i == steps:
+                loss = float(metrics["loss"])
+        return {"tokens": tokens / steps, "loss": loss}
+
+
+def timeseries_spec(llm: Path) -> TimeSeriesSpec:
+    """The published encoder in front of a directory's LM."""
+    info = describe_llm(llm)
+    return TimeSeriesSpec(FrozenLM(llm, info.hidden_size, info.vocab_size), EncoderSpec())
+
+
+def encoder_of(llm: Path) -> PromptEncoder:
+    """Rows become the very tokens that OpenTSLM makes of them."""
+    return PromptEncoder(Tokenizer.load(llm), 4, layout="opentslm")
+
+
+def timeseries(
+    llm: str, rows: dict[str, Any], backend: str = "torch", batch_size: int = 4, fixed: bool = False, **runtime: Any
+) -> Run:
+    """Steps of the time-series LM. `fixed`: one batch for ever, its lengths as equal as can be."""
+    directory = Path(llm)
+    batches = Batches(material.rows(**rows), encoder_of(directory).encode, batch_size, 0, collate)
+    stream = iter(lambda: batches.batch(0), None) if fixed else batches.prefetch(0)
+    runtime = {"device": "cpu"} | runtime
+    return Training(timeseries_spec(directory), stream, backend, RATES, OPTIM, runtime)
+
+
+def decoder(preset: str, tokens: str, vocab: int, batch_size: int, backend: str = "torch", **runtime: Any) -> Run:
+    """Steps of a decoder trained from scratch, on windows of a stream of tokens (an .npy file); no dropout."""
+    import numpy as np
+
+    spec = replace(decoder_spec(preset, vocab), dropout=0.0)
+    stream = TextBatches(TextWindows(np.load(tokens), spec.context_length), batch_size, 0).prefetch(0)
+    optim = Optim(weight_decay=0.1, betas=(0.9, 0.95), grad_clip_norm=1.0)
+    return Training(spec, stream, backend, dict.fromkeys(spec.groups, 3e-4), optim, {"device": "cpu"} | runtime)
+
+
+def decoder_spec(preset: str, vocab: int) -> DecoderSpec:
+    """A shipped preset with this vocabulary."""
+    keys = {key: tuple(v) if isinstance(v, list) else v for key, v in PRESETS["decoder"][preset]["decoder"].items()}
+    build: Any = DecoderSpec
+    spec: DecoderSpec = build(vocab_size=vocab, **sizes(keys))
+    return spec
+
+
+def sizes(keys: dict[str, Any]) -> dict[str, Any]:
+    """What a preset leaves to the configuration: as many keys as heads, and heads that fill the width."""
+    head = {"num_kv_heads": keys["num_heads"], "head_dim": keys["hidden_size"] // keys["num_heads"]}
+    return head | keys
+
+
+def lora(
+    llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, backend: str = "torch", **runtime: Any
+) -> Run:
+    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it."""
+    directory = Path(llm)
+    tokenizer = Tokenizer.load(directory)
+    encode = PromptEncoder(tokenizer, 0).encode
+    train, held_out = material.texts(**texts)
+    batches = Batches([material.text_row(t) for t in train], encode, 4, 0, collate)
+    adapter = AdapterSpec(find_linears(directory, TARGETS), rank, alpha, 0.0, False)
+    info = describe_llm(directory)
+    spec = PretrainedSpec(FrozenLM(directory, info.hidden_size, info.vocab_size), adapter=adapter)
+    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, Optim(), {"device": "cpu"} | runtime)
+    return Epochs(training, batches.num_batches, [material.text_row(t) for t in held_out], encode)
+
+
+def generation(llm: str, rows: dict[str, Any], batch_size: int, backend: str = "torch", new_tokens: int = 16) -> Run:
+    """Answers to all rows, as evaluation asks for them; a random LM never ends by itself."""
+    directory, chosen = Path(llm), backends.get(backend, Runtime(device="cpu"))
+    spec, asked = timeseries_spec(directory), material.rows(**rows)
+    model = chosen.build(spec)
+    chosen.load(model, chosen.export(model) | initialise(spec, 0))
+    encoder = encoder_of(directory)
+    generator = Generator(chosen, model, encoder.tokenizer, Sampling(max_new_tokens=new_tokens), batch_size)
+
+    def encode(row: Row) -> Encoded:
+        return encoder.encode(row, with_answer=False)
+
+    def run(steps: int) -> dict[str, float]:
+        answers = [generator.answers(asked, encode) for _ in range(steps)]
+        return {"tokens": len(answers[-1]) * new_tokens}
+
+    return run
+
+
+class Epochs:
+    """Whole epochs of a training; the loss is that of held-out rows, which its time leaves out."""
+
+    def __init__(self, training: Training, num_batches: int, held_out: list[Any], encode: Any) -> None:
+        self.training, self.num_batches = training, num_batches
+        self.held_out, self.encode = held_out, encode
+
+    def __call__(self, steps: int) -> dict[str, float]:
+        found = [self.training(self.num_batches) for _ in range(steps)]
+        return {"tokens": found[-1]["tokens"] * self.num_batches}
+
+    def loss(self) -> float:
+        """Mean negative log-likelihood of every held-out token."""
+        total = weight = 0.0
+        for batch in eval_batches(self.held_out, self.encode, 4, collate):
+            sums = self.training.backend.score(self.training.model, lm, batch)
+            total, weight = total + sums["loss"], weight + sums["weight"]
+        return total / weight

@@ -1,0 +1,186 @@
+"""The tables of tools/bench.py: which work, which sides, how many steps, and what is aimed at."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarks import material
+from tools.benchmarks.growth import growth
+from tools.benchmarks.listing import Listing
+from tools.benchmarks.measure import Measured, compare
+from tools.benchmarks.padding import padding
+
+Sides = Mapping[str, tuple[str, Mapping[str, Any]]]
+ROWS = {"num_rows": 16}
+LARGE_VOCABULARY = 128256
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a table may use."""
+
+    folder: Path  # for models
+    repetitions: int = 10
+    steps: int = 2  # a repetition
+    data: Path | None = None  # real data sets
+    opentslm: str = ""  # a checkout
+    backends: tuple[str, ...] = ("torch", "mlx")
+    device: str = "cpu"
+
+    def llm(self, **shape: int) -> str:
+        """A random Llama of this shape; made once."""
+        name = "-".join(f"{key}{value}" for key, value in shape.items()) or "tiny"
+        return str(material.llama(self.folder / name, **shape))
+
+    def compare(self, work: str, sides: Sides, **changes: Any) -> Measured:
+        """Interleaved; every row has been encoded (and every shape compiled) before the clock starts."""
+        options = {"repetitions": self.repetitions, "steps": self.steps, "warm_up": 5} | changes
+        measured = compare(work, sides, **options)
+        print("\n".join(measured.lines()), flush=True)
+        return measured
+
+
+def opentslm(bench: Bench) -> list[Measured]:
+    """The time-series LM's step against the reference's own, PyTorch both, batch 4, published encoder."""
+    few = {"repetitions": min(bench.repetitions, 3), "steps": 1, "warm_up": 1}
+    works: list[tuple[str, dict[str, Any], str, str, str, dict[str, Any]]] = [
+        ("1 x 128", ROWS, "", "float32", ">= 1.8", {}),
+        ("3 x 128", ROWS | {"num_series": 3}, "", "float32", ">= 1.7", {}),
+        ("1 x 128", ROWS, "", "bfloat16", ">= 1.2", {}),
+        ("1 x 128, vocabulary 128,256", ROWS, "large", "bfloat16", ">= 6; memory <= 0.5", few),
+        ("12 x 1,000", {"num_rows": 4, "num_series": 12, "samples": 1000}, "", "bfloat16",
+         ">= 3; memory <= 0.35", few | {"repetitions": 1, "warm_up": 0}),
+    ]  # fmt: skip
+    found = []
+    for name, rows, vocabulary, precision, target, changes in works:
+        shared = {"llm": bench.llm(vocab=LARGE_VOCABULARY) if vocabulary else bench.llm(), "rows": rows}
+        sides = {
+            "ours (torch)": ("ours:timeseries", shared | {"precision": precision}),
+            "OpenTSLM": ("opentslm:timeseries", shared | {"precision": precision, "checkout": bench.opentslm}),
+        }
+        found.append(bench.compare(f"{name}, LM in {precision} on both sides", sides, target=target, **changes))
+    return found
+
+
+def instruction(bench: Bench) -> list[Measured]:
+    """A constant instruction of 200 tokens before the series: kept, read anew, and with gradients."""
+    rows = ROWS | {"instruction": 120}
+    found = []
+    for backend in bench.backends:
+        shared = {"llm": bench.llm(), "rows": rows, "backend": backend}
+        sides = {
+            f"frozen_prefix: {setting} ({backend})": ("ours:timeseries", shared | {"frozen_prefix": setting})
+            for setting in ("reuse", "compute", "off")
+        }
+        found.append(bench.compare("1 x 128, instruction of 200 tokens", sides, target="off >= 1.5"))
+    return found
+
+
+def limit(bench: Bench) -> list[Measured]:
+    """Ours against the hand-written loop with the same levers, on the same batches (equal losses prove it)."""
+    found = []
+    for backend in bench.backends:
+        for name, rows in {"1 x 128": ROWS, "1 x 128, instruction of 200 tokens": ROWS | {"instruction": 120}}.items():
+            shared = {"llm": bench.llm(), "rows": rows}
+            sides = {
+                f"hand-written loop ({backend})": (f"loop_{backend}:timeseries", shared),
+                f"ours ({backend})": ("ours:timeseries", shared | {"backend": backend}),
+            }
+            found.append(bench.compare(f"{name}, float32", sides, target="<= 1.05"))
+    return found
+
+
+def pretraining(bench: Bench) -> list[Measured]:
+    """A decoder from scratch: mingpt's shape (384 x 6, context 256), vocabulary 4,096, batch 4."""
+    import numpy as np
+
+    tokens = bench.folder / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, 4096, 200_000, dtype=np.int32))
+    shared = {"preset": "mingpt", "tokens": str(tokens), "vocab": 4096, "batch_size": 4}
+    sides = {"ours (torch)": ("ours:decoder", shared), "nanoGPT-style loop": ("nanogpt:decoder", shared)}
+    return [bench.compare("mingpt, float32", sides, target=">= 0.97", warm_up=2)]
+
+
+def lora(bench: Bench) -> list[Measured]:
+    """LoRA of rank 8 on ragged text of 20 to 700 tokens, batch 4, float32: one epoch, then the held-out loss."""
+    file = str(bench.data / "wikitext2" / "valid.txt") if bench.data else ""
+    shared: dict[str, Any] = {"llm": bench.llm(), "texts": {"file": file, "num_rows": 160, "held_out": 16}}
+    shared |= {"rank": 8, "alpha": 16, "rate": 1e-3}
+    peers = {
+        "mlx": ("mlx_lm.lora", "lora_peers:MlxLm", ">= 1.8 at equal or better loss"),
+        "torch": ("HF Trainer + PEFT", "lora_peers:Trainer", ">= 1.3"),
+    }
+    found = []
+    for backend in bench.backends:
+        name, function, target = peers[backend]
+        sides = {f"ours ({backend})": ("ours:lora", shared | {"backend": backend}), name: (function, shared)}
+        once = {"repetitions": 1, "steps": 1, "warm_up": 0}  # an epoch each
+        found.append(bench.compare("LoRA, one epoch of ragged text", sides, target=target, **once))
+    return found
+
+
+def generation(bench: Bench) -> list[Measured]:
+    """Evaluation by generation: 64 questions, 16 new tokens each, in batches of 32 against one by one."""
+    found = []
+    for backend in bench.backends:
+        shared: dict[str, Any] = {"llm": bench.llm(), "rows": {"num_rows": 64}, "backend": backend}
+        sides = {
+            f"{name} ({backend})": ("ours:generation", shared | {"batch_size": size})
+            for name, size in (("batches of 32", 32), ("one by one", 1))
+        }
+        changes = {"repetitions": min(bench.repetitions, 3), "steps": 1, "warm_up": 0, "target": ">= 5"}
+        found.append(bench.compare("64 answers of 16 tokens", sides, **changes))
+    return found
+
+
+def cuda(bench: Bench) -> list[Measured | Listing]:
+    """The 1B shape on one NVIDIA GPU in bfloat16, 32 rows of about 512 places: against a compiled hand-written loop."""
+    from tools.benchmarks.gpu import share_of_peak
+
+    llm = bench.llm(hidden=2048, layers=16, vocab=LARGE_VOCABULARY, head_dim=64)
+    rows = {"num_rows": 128, "samples": 1600, "question": 40}
+    shared = {"llm": llm, "rows": rows, "batch_size": 32, "precision": "bfloat16", "device": "cuda", "fixed": True}
+    sides = {
+        "hand-written loop (torch.compile)": ("loop_torch:timeseries", shared | {"compile": True}),
+        "ours (torch)": ("ours:timeseries", shared),
+    }
+    changes = {"steps": 10, "warm_up": 20, "target": "<= 1.05", "quantity": "wall"}
+    measured = bench.compare("1B shape, bfloat16, CUDA", sides, **changes)
+    return [measured, share_of_peak(measured, Path(llm), rows, 32)]
+
+
+def smoke(bench: Bench) -> list[Measured]:
+    """The smallest comparison, for CI."""
+    backend = bench.backends[0]
+    shared = {"llm": bench.llm(hidden=128, layers=1), "rows": {"num_rows": 4}, "fixed": True}
+    sides = {
+        f"hand-written loop ({backend})": (f"loop_{backend}:timeseries", shared),
+        f"ours ({backend})": ("ours:timeseries", shared | {"backend": backend}),
+    }
+    return [bench.compare("smoke", sides, repetitions=1, steps=1, warm_up=0)]
+
+
+Table = Callable[[Bench], list[Any]]
+CPU: dict[str, Table] = {
+    "opentslm": opentslm,
+    "instruction": instruction,
+    "limit": limit,
+    "pretraining": pretraining,
+    "padding": padding,
+    "lora": lora,
+    "generation": generation,
+    "growth": growth,
+}
+TABLES: dict[str, Table] = CPU | {"cuda": cuda, "smoke": smoke}
+
+
+def installed() -> tuple[str, ...]:
+    """The backends of this machine, PyTorch first."""
+    from mlx_training.environment import installed_backends
+
+    found = installed_backends()
+    if not found:
+        sys.exit("neither torch nor mlx is installed")
+    return tuple(sorted(found, reverse=True))
