@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks import material
+from tools.benchmarks.costs import costs, share_of_peak
 from tools.benchmarks.growth import growth
 from tools.benchmarks.listing import Listing
 from tools.benchmarks.measure import Measured, compare
@@ -137,8 +138,6 @@ def generation(bench: Bench) -> list[Measured]:
 
 def cuda(bench: Bench) -> list[Measured | Listing]:
     """The 1B shape on one NVIDIA GPU in bfloat16, 32 rows of about 512 places: against a compiled hand-written loop."""
-    from tools.benchmarks.gpu import share_of_peak
-
     llm = bench.llm(hidden=2048, layers=16, vocab=LARGE_VOCABULARY, head_dim=64)
     rows = {"num_rows": 128, "samples": 1600, "question": 40}
     shared = {"llm": llm, "rows": rows, "batch_size": 32, "precision": "bfloat16", "device": "cuda", "fixed": True}
@@ -172,6 +171,7 @@ CPU: dict[str, Table] = {
     "lora": lora,
     "generation": generation,
     "growth": growth,
+    "costs": costs,
 }
 TABLES: dict[str, Table] = CPU | {"cuda": cuda, "smoke": smoke}
 
