@@ -1,9 +1,8 @@
-"""The speed of light in MLX: the same step as loop_torch.py, written out by hand with the same levers, compiled whole.
+"""The speed of light in MLX: the same step as loop_torch.py, by hand with the same levers, compiled whole.
 
-Shape suffixes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim.
+Shapes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim.
 """
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,10 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mlx_training.data.batching import Batches  # noqa: E402
-from mlx_training.data.collate import collate, common_prefix  # noqa: E402
+from mlx_training.data.collate import common_prefix  # noqa: E402
 from mlx_training.init import initialise  # noqa: E402
-from tools.benchmarks import material  # noqa: E402
-from tools.benchmarks.ours import LOG_EVERY, RATES, encoder_of, timeseries_spec  # noqa: E402
+from tools.benchmarks.ours import LOG_EVERY, RATES, prepared, timeseries_spec  # noqa: E402
 from tools.benchmarks.worker import Run  # noqa: E402
-
-Weights = dict[str, mx.array]
 
 
 class Llama:
@@ -68,7 +63,7 @@ class Llama:
         return mx.fast.rms_norm(x_BLH, self.w["model.norm.weight"], 1e-5), mx.stack(kept, axis=1)
 
 
-def encode(p: Weights, batch: Weights, num_layers: int = 6, num_heads: int = 8) -> mx.array:
+def encode(p: dict[str, mx.array], batch: dict[str, mx.array], num_layers: int = 6, num_heads: int = 8) -> mx.array:
     """Series (S, T) -> patches in the LM's space (S, P, H)."""
 
     def linear(x: mx.array, name: str, dot: str = ".") -> mx.array:
@@ -94,28 +89,27 @@ def encode(p: Weights, batch: Weights, num_layers: int = 6, num_heads: int = 8) 
     return nn.gelu(linear(norm(x, "projector.norm"), "projector.linear"))
 
 
-def timeseries(llm: str, rows: dict[str, Any], batch_size: int = 4, fixed: bool = False) -> Run:
+def timeseries(llm: str, rows: dict[str, Any], **options: Any) -> Run:
     """Steps of the time-series LM, float32."""
-    lm = Llama(Path(llm))
-    table = lm.w["model.embed_tokens.weight"]
+    lm, kept = Llama(Path(llm)), dict[bytes, mx.array]()
+    table, stream, taken = lm.w["model.embed_tokens.weight"], prepared(llm, rows, **options), mx.array(0.0)
     p = {name: mx.array(w) for name, w in initialise(timeseries_spec(Path(llm)), 0).items()}
     state = {name: (mx.zeros_like(w), mx.zeros_like(w)) for name, w in p.items()}
-    source = Batches(material.rows(**rows), encoder_of(Path(llm)).encode, batch_size, 0, collate)
-    ready = [(b.prefix, b.tokens, int(b.lengths.sum()), {n: mx.array(a) for n, a in b.arrays().items()})
-             for b in map(source.batch, [0] if fixed else range(64))]  # fmt: skip
-    stream, kept, taken = itertools.cycle(ready), dict[bytes, mx.array](), mx.array(0.0)
 
-    def read(prefix: int, tokens: np.ndarray) -> mx.array | None:
-        if not prefix:
-            return None
-        ids = tokens[:, :prefix]
-        if common_prefix(ids) < prefix:
-            return lm.run(table[mx.array(ids)], None, mx.zeros((len(ids), 1), mx.int32))[1]
-        if ids[0].tobytes() not in kept:
-            kept[ids[0].tobytes()] = lm.run(table[mx.array(ids[:1])], None, mx.zeros((1, 1), mx.int32))[1]
-        return kept[ids[0].tobytes()]
+    def keys_values(tokens: np.ndarray, past: mx.array | None) -> mx.array:
+        new = lm.run(table[mx.array(tokens)], past, mx.zeros((len(tokens), 1), mx.int32))[1]
+        if past is None:
+            return new
+        return mx.concatenate([mx.broadcast_to(past, (*past.shape[:2], len(tokens), *past.shape[3:])), new], axis=-2)
 
-    def loss_of(p: Weights, batch: Weights, past: mx.array | None) -> mx.array:
+    def read(tokens: np.ndarray) -> mx.array | None:
+        common = common_prefix(tokens)
+        if common and tokens[0, :common].tobytes() not in kept:
+            kept[tokens[0, :common].tobytes()] = keys_values(tokens[:1, :common], None)
+        past = kept[tokens[0, :common].tobytes()] if common else None
+        return past if common == tokens.shape[1] else keys_values(tokens[:, common:], past)
+
+    def loss_of(p: dict[str, mx.array], batch: dict[str, mx.array], past: mx.array | None) -> mx.array:
         prefix = 0 if past is None else past.shape[-2]
         patches = encode(p, batch).reshape(-1, table.shape[1])
         index = batch["patch_index"][:, prefix:]
@@ -125,7 +119,9 @@ def timeseries(llm: str, rows: dict[str, Any], batch_size: int = 4, fixed: bool 
         return (losses * batch["mask"]).sum() / batch["mask"].sum()
 
     @mx.compile
-    def step(p: Weights, state: Any, taken: mx.array, batch: Weights, past: mx.array | None) -> Any:
+    def step(
+        p: dict[str, mx.array], state: Any, taken: mx.array, batch: dict[str, mx.array], past: mx.array | None
+    ) -> Any:
         loss, gradients = mx.value_and_grad(loss_of)(p, batch, past)
         norm, taken = mx.sqrt(sum(g.square().sum() for g in gradients.values())), taken + 1
         factor = mx.minimum(1.0 / (norm + 1e-6), 1.0)
@@ -141,10 +137,12 @@ def timeseries(llm: str, rows: dict[str, Any], batch_size: int = 4, fixed: bool 
         nonlocal p, state, taken
         tokens, last = 0, 0.0
         for i in range(1, steps + 1):
-            prefix, ids, count, batch = next(stream)
-            p, state, taken, loss = step(p, state, taken, batch, read(prefix, ids))
+            source = next(stream)
+            batch = {name: mx.array(array) for name, array in source.arrays().items()}
+            past = read(source.tokens[:, : source.prefix]) if source.prefix else None
+            p, state, taken, loss = step(p, state, taken, batch, past)
             mx.async_eval(p, state, taken, loss)
-            tokens += count
+            tokens += int(source.lengths.sum())
             if i % LOG_EVERY == 0 or i == steps:
                 last = loss.item()
         return {"tokens": tokens / steps, "loss": last}
