@@ -90,7 +90,8 @@ class Measured:
             text += f" {peak / 2**20:7.0f} MiB"
             if number:
                 middle, low, high = self.ratio(side)
-                text += f"  x {middle:.2f} [{low:.2f}, {high:.2f}]; memory x {self.ratio(side, 'peak')[0]:.2f}"
+                spread = f"[{low:.2f}, {high:.2f}]" if len(self.samples[side]) > 1 else "(once)"
+                text += f"  x {middle:.2f} {spread}; memory x {self.ratio(side, 'peak')[0]:.2f}"
             if "loss" in self.samples[side][0]:
                 text += f"  loss {self.samples[side][-1]['loss']:.4f}"
             said.append(text)

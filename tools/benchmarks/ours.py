@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training import backend as backends
+from mlx_training.assemble import RowData, assemble
 from mlx_training.backend import Optim, Runtime
+from mlx_training.config import load_config
 from mlx_training.config_presets import PRESETS
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
-from mlx_training.data.prompt import Encoded, PromptEncoder
-from mlx_training.data.rows import Row
+from mlx_training.data.prompt import PromptEncoder
 from mlx_training.data.text import TextBatches, TextWindows
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.generate import Generator
@@ -125,21 +126,21 @@ def lora(
     return Epochs(training, batches.num_batches, [material.text_row(t) for t in held_out], encode)
 
 
-def generation(llm: str, rows: dict[str, Any], batch_size: int, backend: str = "torch", new_tokens: int = 16) -> Run:
-    """Answers to all rows, as evaluation asks for them; a random LM never ends by itself."""
-    directory, chosen = Path(llm), backends.get(backend, Runtime(device="cpu"))
-    spec, asked = timeseries_spec(directory), material.rows(**rows)
-    model = chosen.build(spec)
-    chosen.load(model, chosen.export(model) | initialise(spec, 0))
-    encoder = encoder_of(directory)
-    generator = Generator(chosen, model, encoder.tokenizer, Sampling(max_new_tokens=new_tokens), batch_size)
-
-    def encode(row: Row) -> Encoded:
-        return encoder.encode(row, with_answer=False)
+def generation(config: str, num_rows: int, batch_size: int, backend: str = "torch") -> Run:
+    """Answers to rows of a configuration's test split, as its evaluation asks for them; the encoder is untrained."""
+    chosen, loaded = backends.get(backend, Runtime(device="cpu")), load_config(config, [])
+    assembly = assemble(loaded)
+    assert isinstance(assembly.data, RowData)
+    model = chosen.build(assembly.spec)
+    chosen.load(model, chosen.export(model) | initialise(assembly.spec, 0))
+    sampling = Sampling(max_new_tokens=loaded.evaluation.max_new_tokens)
+    generator = Generator(chosen, model, assembly.data.tokenizer, sampling, batch_size)
+    rows = [assembly.data.rows("test")[i] for i in range(num_rows)]
 
     def run(steps: int) -> dict[str, float]:
-        answers = [generator.answers(asked, encode) for _ in range(steps)]
-        return {"tokens": len(answers[-1]) * new_tokens}
+        for _ in range(steps):
+            generator.answers(rows, assembly.data.encode_prompt)  # type: ignore[union-attr]  # asserted above
+        return {}
 
     return run
 
