@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,22 @@ def generation(config: str, num_rows: int, batch_size: int, backend: str = "torc
     def run(steps: int) -> dict[str, float]:
         for _ in range(steps):
             generator.answers(rows, assembly.data.encode_prompt)  # type: ignore[union-attr]  # asserted above
+        return {}
+
+    return run
+
+
+def reasoning(llm: str, rows: dict[str, Any], batch_size: int, new_tokens: int, backend: str = "torch") -> Run:
+    """Long answers, as chains of thought are; a random LM never ends by itself."""
+    directory, chosen = Path(llm), backends.get(backend, Runtime(device="cpu"))
+    spec, asked, encoder = timeseries_spec(directory), material.rows(**rows), encoder_of(directory)
+    model = chosen.build(spec)
+    chosen.load(model, chosen.export(model) | initialise(spec, 0))
+    generator = Generator(chosen, model, encoder.tokenizer, Sampling(max_new_tokens=new_tokens), batch_size)
+
+    def run(steps: int) -> dict[str, float]:
+        for _ in range(steps):
+            generator.answers(asked, partial(encoder.encode, with_answer=False))
         return {}
 
     return run
