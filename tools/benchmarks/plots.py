@@ -44,6 +44,8 @@ def _growth(results: list[dict[str, Any]], file: Path) -> Path:
     for ax, r in zip(axes[0], results, strict=True):
         ax.loglog(r["sizes"], r["seconds"], "o-", label="seconds of CPU")
         ax.loglog(r["sizes"], [m / 2**30 for m in r["memory"]], "s--", label="peak, GiB")
+        ax.set_xticks(r["sizes"], [f"{size:,}" for size in r["sizes"]], fontsize=7, rotation=30)
+        ax.tick_params(which="minor", labelsize=6, labelbottom=False)
         ax.set_title(f"{r['what']}: exponent {r['exponents']['end']:.2f}", fontsize=9)
     axes[0][0].legend(fontsize=7)
     figure.savefig(file, dpi=110)
