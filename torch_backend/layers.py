@@ -191,6 +191,10 @@ class LanguageModel(nn.Module):
         logits_BKV = self.label_logits(batch)
         return log_softmax_at(logits_BKV, batch.targets), logits_BKV.argmax(-1) == batch.targets
 
+    def extend_to_last(self, x_BTH: Tensor, cache: Any) -> Tensor:
+        """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
+        return self.extend(x_BTH, cache)[:, -1]
+
     def aux_loss(self) -> Tensor | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""
         return 0.0

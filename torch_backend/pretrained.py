@@ -88,6 +88,12 @@ class PretrainedLM(nn.Module):
         cache.length += num_new
         return h_BTH
 
+    def extend_to_last(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
+        """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
+        last_B1 = x_BTH.new_full((len(x_BTH), 1), x_BTH.shape[1] - 1, dtype=torch.long)
+        with last_layer_at(self.model.layers, last_B1):
+            return self.extend(x_BTH, cache)[:, -1]
+
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
         return cache.select(rows)

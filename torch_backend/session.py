@@ -44,5 +44,5 @@ class Session:
         return session
 
     def _logits(self, x_BTH: Tensor) -> np.ndarray:
-        h_BTH = self.lm.extend(x_BTH, self.cache)
-        return self.model.head(h_BTH[:, -1]).cpu().numpy()
+        h_BH = self.lm.extend_to_last(x_BTH, self.cache)
+        return self.model.head(h_BH).cpu().numpy()

@@ -191,14 +191,14 @@ def _from_limits(config: RunConfig, spec: Spec) -> BatchShape:
     assert isinstance(spec, PretrainedSpec)
     labels, context = round_up(config.evaluation.max_new_tokens, 4), longest_text(spec)
     if not isinstance(spec, TimeSeriesSpec):
-        L = round_up(config.dataset.max_length or context or TEXT_TOKENS, 16)
+        L = round_up(config.dataset.max_length or context or TEXT_TOKENS, 4)
         return BatchShape(B, L, min(labels, L), origin="limits")
     encoder = spec.encoder
     num_series = max(encoder.max_series, 1)
     longest = config.dataset.max_length or min(
         context or math.inf, num_series * encoder.max_patches + TEXT_TOKENS + labels
     )
-    L = round_up(int(longest), 16)
+    L = round_up(int(longest), 4)
     patches = min(encoder.max_patches, L // num_series)
     return BatchShape(B, L, min(labels, L), B * num_series, max(patches // 4 * 4, 4), origin="limits")
 

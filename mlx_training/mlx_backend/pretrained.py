@@ -81,6 +81,12 @@ class PretrainedLM(nn.Module):
         cache.length += x_BTH.shape[1]
         return h_BTH
 
+    def extend_to_last(self, x_BTH: mx.array, cache: KVCache) -> mx.array:
+        """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
+        last_B1 = mx.full((x_BTH.shape[0], 1), x_BTH.shape[1] - 1)
+        with last_layer_at(self.model.layers, last_B1):
+            return self.extend(x_BTH, cache)[:, -1]
+
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
         return cache.select(rows)

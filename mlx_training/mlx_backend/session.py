@@ -40,5 +40,5 @@ class Session:
         return session
 
     def _logits(self, x_BTH: mx.array) -> np.ndarray:
-        h_BTH = self.lm.extend(x_BTH, self.cache)
-        return np.array(self.model.head(h_BTH[:, -1]))
+        h_BH = self.lm.extend_to_last(x_BTH, self.cache)
+        return np.array(self.model.head(h_BH))
