@@ -16,9 +16,6 @@ ItemT = TypeVar("ItemT", bound=Sized)
 ItemT_contra = TypeVar("ItemT_contra", bound=Sized, contravariant=True)
 
 
-WINDOW_ROWS = 512  # that are sorted together, or 32 batches where that is more
-
-
 class Collate(Protocol[ItemT_contra]):
     """Encoded rows and their indices in the dataset -> Batch."""
 
@@ -46,7 +43,7 @@ class Batches(Generic[RowT, ItemT]):
         seed: int,
         collate: Collate[ItemT],
         *,
-        window: int | None = None,
+        window: int = 32,
         cache: bool = True,
     ) -> None:
         if batch_size > len(dataset):
@@ -59,7 +56,7 @@ class Batches(Generic[RowT, ItemT]):
         self.batch_size = batch_size
         self.seed = seed
         self.collate = collate
-        self.window = window or max(32, WINDOW_ROWS // batch_size)
+        self.window = window
         self.share = 0, 1  # rank and number of processes
         self._cache: dict[int, ItemT] | None = {} if cache else None
         self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
