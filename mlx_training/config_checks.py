@@ -132,6 +132,8 @@ def _dataset_conflicts(config: "RunConfig") -> Iterator[Conflict]:
             value, default = getattr(section, name), type(section).model_fields[name].default
             if value != default:
                 named = family if reader == "model.family" else key
+                if key == "language" and family == "pretrained":  # which reads rows as well
+                    reader, named = "dataset.format", f"{data.format} (with family pretrained)"
                 yield Conflict((unread, reader), f"{reader}: {named} does not read it; remove it")
     if isinstance(config.model, PretrainedConfig) and reads_text and data.packing == "documents":
         message = "documents is read by the decoder family; a frozen LM reads windows"

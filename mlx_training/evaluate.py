@@ -176,7 +176,7 @@ def evaluate_loaded(
             write_by_position(run / BY_POSITION, tally)
         return metrics
     if protocol is not None:
-        raise UserError(f"--protocol {protocol.name}: {run} answers rows about time series; protocols are for text")
+        raise UserError(f"--protocol {protocol.name}: {run} answers rows; protocols are for text")
     if data is None:
         metrics, predictions = evaluator.report(split)
     else:

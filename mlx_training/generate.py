@@ -226,7 +226,9 @@ def load_language_model(
     """`load_run` of a run on text (DataError), and the number of tokens in its training windows."""
     loaded = load_run(run, backend, checkpoint, device)
     if not isinstance(loaded.data, TextData):
-        raise DataError(f"{run} answers rows about time series; give it --rows FILE instead of prompts")
+        raise DataError(
+            f"{run} answers rows of {loaded.config.dataset.format}; give it --rows FILE of such rows instead of prompts"
+        )
     return loaded, loaded.data.context_length
 
 

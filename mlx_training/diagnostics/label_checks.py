@@ -72,6 +72,7 @@ def supervision(exam: Exam) -> list[Finding]:
                 wrong.visible(batch.tokens[b], labels[on], batch.targets[b][on], row)
             elif _is_text(batch, b, labels[inside] + 1).all():
                 wrong.shift(batch.tokens[b], labels[inside], batch.targets[b][inside], row)
+    wrong.judge_visible()
     if wrong.rows:
         return [failed(name, wrong.figure(cause), cause, row_names(exam, rows)) for cause, rows in wrong.rows.items()]
     target = "the token after it" if exam.is_causal else "what it was before it was hidden"
@@ -156,6 +157,7 @@ class _Wrong:
     def __init__(self) -> None:
         self.rows: dict[str, list[int]] = defaultdict(list)
         self.offsets: Counter[int] = Counter()
+        self.shown: list[tuple[int, int, int]] = []  # row, labels that it shows, labels
 
     def add(self, cause: str, row: int) -> None:
         if row not in self.rows[cause]:
@@ -174,9 +176,15 @@ class _Wrong:
         self.add("labels_swapped", row)
 
     def visible(self, tokens: np.ndarray, places: np.ndarray, targets: np.ndarray, row: int) -> None:
-        """Labels of a masked model that the row shows: where more than half do, nothing was hidden."""
-        if (tokens[places] == targets).mean() > 0.5:
-            self.add("labels_visible", row)
+        """Labels of a masked model that the row shows, as a tenth of them should."""
+        self.shown.append((row, int((tokens[places] == targets).sum()), targets.size))
+
+    def judge_visible(self) -> None:
+        """Where all rows together show more than half of their labels, nothing was hidden."""
+        if 2 * sum(shown for _, shown, _ in self.shown) > sum(labels for *_, labels in self.shown):
+            for row, shown, labels in self.shown:
+                if 2 * shown > labels:
+                    self.add("labels_visible", row)
 
     def figure(self, cause: str) -> str:
         text = f"{len(self.rows[cause])} rows"

@@ -9,6 +9,7 @@ from mlx_training.data.masking import MaskedDocuments, MaskedWindows, Masking
 from mlx_training.data.text import TextBatches
 from mlx_training.data.token_cache import TokenStream
 from mlx_training.data.tokenizer import train_bpe
+from mlx_training.diagnostics.label_checks import _Wrong
 from mlx_training.errors import DataError
 
 BOS, EOS, MASK, VOCAB = 0, 1, 2, 50
@@ -84,3 +85,17 @@ def test_a_tokenizer_without_a_mask_token(tmp_path) -> None:
         Masking.of(train_bpe(texts, 262, tmp_path / "plain"), 0.15, 8)
     tokenizer = train_bpe(texts, 262, tmp_path / "mask", ["<mask>"])
     assert Masking.of(tokenizer, 0.15, 8).mask_id == tokenizer.vocab_size - 1
+
+
+def test_a_short_row_may_show_its_only_label() -> None:
+    """A tenth of the hidden tokens stay as they were: rows are judged together."""
+    hidden, shown, places = np.full(20, 9), np.arange(10, 30), np.arange(20)
+    together = _Wrong()
+    together.visible(shown, places[:1], shown[:1], row=0)
+    together.visible(hidden, places, shown, row=1)
+    together.judge_visible()
+    assert not together.rows
+    alone = _Wrong()
+    alone.visible(shown, places, shown, row=3)
+    alone.judge_visible()
+    assert alone.rows == {"labels_visible": [3]}
