@@ -106,7 +106,8 @@ def train_locked(
         set_aside(run / METRICS, run / EVENTS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
     (run / RESULT).unlink(missing_ok=True)
-    describe_run(run, assembly, backend.name)
+    if not (is_over and (run / "config.yaml").exists()):  # which says what was trained
+        describe_run(run, assembly, backend.name)
     start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
     start += ": nothing left to train" if is_over else ""
     others = f", {group.size} processes" if group.size > 1 else ""

@@ -128,3 +128,11 @@ def test_long_values_are_shortened(tmp_path: Path) -> None:
         )
     assert len(str(error.value)) < 6000 and "characters)..." in str(error.value)
     assert len(str(UserError("a" * 300))) == 300
+
+
+def test_a_finished_run_keeps_saying_what_was_trained(tiny: Workbench) -> None:
+    """Another report of it is made, with other limits of the evaluation, but its configuration stays."""
+    tiny.train()
+    before = (tiny.run / "config.yaml").read_bytes()
+    again = tiny.train("training.max_steps=2", "evaluation.max_new_tokens=1", "--resume", "auto")
+    assert again["steps"] == 4 and (tiny.run / "config.yaml").read_bytes() == before
