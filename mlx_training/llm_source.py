@@ -208,6 +208,11 @@ def is_weight(name: str, config: Mapping[str, Any]) -> bool:
     return "rotary_emb" not in name and not (config["tie_word_embeddings"] and name.startswith("lm_head."))
 
 
+def is_norm(name: str) -> bool:
+    """Whether a weight belongs to a normalisation layer."""
+    return name.rpartition(".")[0].endswith("norm")
+
+
 def _some(items: list[str]) -> str:
     return ", ".join(items[:4]) + (", ..." if len(items) > 4 else "")
 

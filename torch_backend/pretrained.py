@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
-from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
 from torch_backend.decoder import Decoder
@@ -156,9 +156,7 @@ class PretrainedModel(LanguageModel):
         num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = torch.from_numpy(tokens[:, num_known:]).long().to(self.lm.model.norm.weight.device)
-        nowhere = new.new_zeros(num_rows, 1) if self.trim_last_layer else None  # of the last layer keys and values do
-        with last_layer_at(self.lm.model.layers, nowhere):
-            self.lm.extend(self.lm.embed(new), cache)
+        self.lm.extend_to_last(self.lm.embed(new), cache)  # of the last layer keys and values do
         return torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])
 
     def label_logits(self, batch: Batch) -> Tensor:
@@ -189,7 +187,7 @@ def load_frozen(llm: FrozenLM, *, precision: str = "float32", device: Any = None
     lm = Decoder(llm.decoder, dtype)
     (file,) = weight_files(llm.directory)
     arrays = load_file(file, device=str(device))
-    lm.load_state_dict({n: p if _is_norm(n) else p.to(dtype) for n, p in arrays.items()}, assign=True)
+    lm.load_state_dict({n: p if is_norm(n) else p.to(dtype) for n, p in arrays.items()}, assign=True)
     lm.requires_grad_(False)
     return lm.to(device).eval()
 
@@ -254,10 +252,6 @@ def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     layer = lm.lm_head if hasattr(lm, "lm_head") else lm.model.embed_tokens
     return dense_weight(layer).cpu().numpy()
-
-
-def _is_norm(name: str) -> bool:
-    return name.rpartition(".")[0].endswith("norm")
 
 
 class _LayerCaches:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
-from mlx_training.llm_source import is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.last_layer import last_layer_at
 from mlx_training.mlx_backend.layers import KVCache, LanguageModel
@@ -131,11 +131,8 @@ class PretrainedModel(LanguageModel):
         """Keys and values of tokens (B, N), whose first ones may be known."""
         num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
-        nowhere = (
-            mx.zeros((num_rows, 1), mx.int32) if self.trim_last_layer else None
-        )  # of the last layer keys and values do
-        with last_layer_at(self.lm.model.layers, nowhere):
-            self.lm.extend(self.lm.embed(mx.array(tokens[:, num_known:])), cache)
+        new = mx.array(tokens[:, num_known:])
+        self.lm.extend_to_last(self.lm.embed(new), cache)  # of the last layer keys and values do
         return mx.stack([mx.stack(cache.keys), mx.stack(cache.values)])
 
     def label_logits(self, batch: Batch) -> mx.array:
@@ -166,7 +163,7 @@ def load_frozen(llm: FrozenLM, *, precision: str = "float32", device: Any = None
     with mx.stream(device or mx.default_device()):
         lm = Decoder(llm.decoder, dtype)
         (file,) = weight_files(llm.directory)
-        arrays = [(n, p if _is_norm(n) else p.astype(dtype)) for n, p in mx.load(str(file)).items()]
+        arrays = [(n, p if is_norm(n) else p.astype(dtype)) for n, p in mx.load(str(file)).items()]
         mx.eval(arrays)
     lm.load_weights(arrays)
     return lm.freeze().eval()
@@ -236,10 +233,6 @@ def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     layer = lm.lm_head if "lm_head" in lm else lm.model.embed_tokens
     return np.array(dense_weight(layer))
-
-
-def _is_norm(name: str) -> bool:
-    return name.rpartition(".")[0].endswith("norm")
 
 
 class _LayerCache:
