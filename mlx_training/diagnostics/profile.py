@@ -9,6 +9,7 @@ and the step is: their difference is what compilation saves.
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -189,17 +190,27 @@ def _timed_gradients(subject: Subject, batch: Batch) -> dict[str, float]:
         marks["loss"] = clock()
         return sums
 
+    read_prefix, reading = model.past, [0.0]
+
+    def past(batch: Batch) -> Any:
+        begun_at = clock()
+        if (known := read_prefix(batch)) is not None:
+            _wait(known)
+        reading.append(clock() - begun_at)
+        return known
+
     started = clock()
     with (
+        replaced(model, "past", past),
         replaced(model, "inputs", timed(model.inputs, "inputs")),
         replaced(model, "head", begun(model.head, "hidden")),
     ):
         subject.backend.gradients(model, objective, batch)  # returns NumPy arrays: the device is done
     ended = clock()
     return {
-        "host": marks["moved"] - started,
+        "host": marks["moved"] - started - sum(reading),
         "encoder": marks["inputs"] - marks["moved"],
-        "lm_forward": marks["hidden"] - marks["inputs"],
+        "lm_forward": marks["hidden"] - marks["inputs"] + sum(reading),  # and of what stands before the series
         "head_loss": marks["loss"] - marks["hidden"],
         "backward": ended - marks["loss"],
     }
@@ -217,7 +228,7 @@ def _updates(subject: Subject, steps: Sequence[Sequence[Batch]]) -> list[float]:
     seconds = []
     for number, batches in enumerate([steps[0], *steps], start=1):
         started = time.perf_counter()
-        _finish(step(batches[:1], step=number, lr=rates))
+        _finish(step([replace(batches[0], prefix=0)], step=number, lr=rates))
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
 
