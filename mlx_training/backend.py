@@ -42,6 +42,7 @@ class Runtime:
     gradient_checkpointing: bool = False  # activations of a layer are computed again for its backward pass, not kept
     frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"  # what stands before the series has no gradient
     trim_last_layer: bool = True  # a frozen LM's last layer is computed at the places of labels only
+    shard: bool = False  # a model trained from scratch is shared out over the processes, not copied to each
 
 
 class Model(Protocol):
@@ -78,7 +79,10 @@ class Step(Protocol):
         """
 
     def export(self) -> Arrays:
-        """Optimiser state, float32: the arrays of `Optim.state_shapes`, zeros where no step has been taken yet."""
+        """Optimiser state, float32: the arrays of `Optim.state_shapes`, zeros where no step has been taken yet.
+
+        Of a sharded model all processes must call it; process 0 gets the arrays, the others none.
+        """
 
     def load(self, arrays: Arrays) -> None:
         """Take over a state that `export` of either backend returned."""
@@ -127,7 +131,10 @@ class Backend(Protocol):
         """Set every trainable parameter; names and shapes must match the table exactly (CheckpointError)."""
 
     def export(self, model: Any) -> Arrays:
-        """Every trainable parameter, canonical names, float32."""
+        """Every trainable parameter, canonical names, float32.
+
+        Of a sharded model all processes must call it; process 0 gets the arrays, the others none.
+        """
 
     def make_step(self, model: Any, objective: Objective, optim: Optim, *, seed: int) -> Step:
         """An optimiser step over the trainable parameters."""
@@ -148,7 +155,8 @@ class Backend(Protocol):
     ) -> Arrays:
         """d(loss / weight) / d(parameter) under canonical names, dropout off; zero where nothing depends on it.
 
-        With `wrt="inputs"` {"inputs": (B, L, H)}, with respect to what `model.inputs` returns.
+        With `wrt="inputs"` {"inputs": (B, L, H)}, with respect to what `model.inputs` returns. Of a sharded model all
+        processes must call it, for parameters; process 0 gets the sum over all batches, the others none.
         """
 
     def activations(self, model: Any, objective: Objective, batch: Batch) -> Arrays:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mlx_training.config_model import FAMILIES, DecoderConfig, LanguageConfig, PretrainedConfig
 from mlx_training.config_model_checks import Conflict, model_conflicts
 from mlx_training.config_objectives import objective_conflicts
+from mlx_training.config_performance import performance_conflicts
 from mlx_training.config_presets import PRESETS
 from mlx_training.optim import SETTINGS as OPTIM
 from mlx_training.schedule import SETTINGS as SCHEDULE
@@ -52,7 +53,6 @@ UNREAD = {
     ),
 }
 RECOMPUTED = ("decoder",)  # families that training.gradient_checkpointing is for
-LEVERS = {"frozen_prefix": ("timeseries",), "trim_last_layer": ("timeseries", "pretrained")}  # key -> its families
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
 
 
@@ -115,6 +115,7 @@ def find_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     yield from _dataset_conflicts(config)
     yield from _training_conflicts(config)
     yield from objective_conflicts(config)
+    yield from performance_conflicts(config)
     if isinstance(config.model, LanguageConfig):
         yield from _text_conflicts(config, config.model)
 
@@ -292,8 +293,3 @@ def _optimizer_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     if training.gradient_checkpointing and isinstance(config.model, DecoderConfig) and config.model.decoder.experts:
         message = "given true; the balance of experts would get lost on the way. Set it to false"
         yield Conflict(("training.gradient_checkpointing", "model.decoder.experts"), message)
-    for lever, families in LEVERS.items():
-        default = type(config.performance).model_fields[lever].default
-        if getattr(config.performance, lever) != default and config.model.family not in families:
-            message = f"the {config.model.family} family has nothing to spare there; it is for {', '.join(families)}"
-            yield Conflict((f"performance.{lever}", "model.family"), f"{message}. Leave it out")

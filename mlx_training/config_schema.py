@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from mlx_training.config_checks import fill_defaults, find_conflicts
 from mlx_training.config_dataset import Dataset
 from mlx_training.config_model import ModelConfig
+from mlx_training.config_performance import Performance
 from mlx_training.config_samples import Samples
 from mlx_training.config_section import Count, Names, Section, Seed, Text, as_tuple
 from mlx_training.config_training import Training
@@ -54,15 +55,6 @@ class Evaluation(Section):
     """Write every row's prediction of the final report to the run directory."""
     samples: Samples | None = None
     """{prompts: [TEXT, ...], ...}: texts that a language model writes while it is trained; null: none."""
-
-
-class Performance(Section):
-    """What a step need not compute. Results stay the same; switch one off to see what it is worth."""
-
-    frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"
-    """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is kept."""
-    trim_last_layer: bool = True
-    """A frozen LM's last layer is computed at the places of labels only."""
 
 
 class CheckpointConfig(Section):

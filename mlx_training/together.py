@@ -3,14 +3,14 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from mlx_training.assemble import Assembly, llm_sha256
-from mlx_training.backend import Arrays, Backend, Group, Step
+from mlx_training.backend import Arrays, Backend, Group
 from mlx_training.config import RunConfig
 from mlx_training.errors import BackendError, ConfigError, DivergedError
 
@@ -69,18 +69,14 @@ def share(group: Group, value: Any) -> Any:
     return gather(group, value if group.rank == 0 else None)[0]
 
 
-def share_start(group: Group, backend: Backend, model: Any, step: Step) -> None:
-    """Give every process the parameters and the optimiser state of process 0."""
-
-    def shared(arrays: Arrays) -> Arrays:
-        flat = np.concatenate([array.ravel() for array in arrays.values()])
-        summed = group.total(flat if group.rank == 0 else np.zeros_like(flat))
-        parts = np.split(summed, np.cumsum([array.size for array in arrays.values()])[:-1])
-        return {name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
-
-    if group.size > 1:
-        backend.load(model, shared(backend.export(model)))
-        step.load(shared(step.export()))
+def share_arrays(group: Group, arrays: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """Process 0's arrays, which have these shapes, in every process: one message an array, so that none is held twice."""
+    if group.size == 1:
+        return arrays
+    return {
+        name: group.total(arrays[name] if group.rank == 0 else np.zeros(shape, np.float32))
+        for name, shape in shapes.items()
+    }
 
 
 def expect_alike(group: Group, assembly: Assembly, rows: str | None) -> None:
@@ -89,6 +85,7 @@ def expect_alike(group: Group, assembly: Assembly, rows: str | None) -> None:
     about = {
         "experiment.seed": config.experiment.seed,
         "training": config.training.model_dump(mode="json", exclude={"init_from"}),
+        "performance": config.performance.model_dump(mode="json"),
         "evaluation": config.evaluation.model_dump(mode="json"),
         "number of parameters": assembly.spec.num_parameters,
         "frozen LM": llm_sha256(assembly.spec),

@@ -37,7 +37,7 @@ from mlx_training.resume import RESULT, after_stop, check_something_trains, find
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
 from mlx_training.samples import SAMPLES, TrainingSamples
 from mlx_training.signals import interruptible, stoppable
-from mlx_training.together import diverging_together, expect_alike, joined, share, share_start
+from mlx_training.together import diverging_together, expect_alike, joined, share, share_arrays
 from mlx_training.tracking import WANDB_ID, StepTimer, Tracker, open_tracker
 
 
@@ -67,6 +67,7 @@ def train_locked(
     """`train`, while no other process may train in this directory."""
     started = time.monotonic()
     group = backend.group
+    holds_part = group.rank == 0 or config.performance.shard  # of what is saved and reported
     run = claim_run_directory(config.output_dir, resume is not None)
     store = CheckpointStore(run)
     assembly = assemble(config, run)
@@ -94,14 +95,15 @@ def train_locked(
     objective = training_objective(assembly.spec)
     step = backend.make_step(model, objective, config.optim, seed=config.experiment.seed)
     if checkpoint:
-        backend.load(model, checkpoint.model)
-        step.load(checkpoint.optimizer)
+        parameters, state = checkpoint.model, checkpoint.optimizer
     else:
-        arrays = backend.export(model) | initialise(assembly.spec, config.experiment.seed)
+        parameters, state = backend.export(model) | initialise(assembly.spec, config.experiment.seed), {}
         if config.training.init_from:
-            arrays = load_initial(config.training.init_from, assembly.spec, arrays)
-        backend.load(model, arrays)
-    share_start(group, backend, model, step)
+            parameters = load_initial(config.training.init_from, assembly.spec, parameters)
+    shapes = {name: param.shape for name, param in assembly.spec.params().items()}
+    backend.load(model, share_arrays(group, parameters, shapes))
+    if first:
+        step.load(share_arrays(group, state, config.optim.state_shapes(assembly.spec)))
     if not (checkpoint and store.holds(checkpoint.path)):
         set_aside(run / METRICS, run / EVENTS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
@@ -146,9 +148,10 @@ def train_locked(
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
+            arrays = (backend.export(model), step.export()) if holds_part else ({}, {})
             if group.rank == 0:
                 state = {"progress": asdict(progress), **about}
-                writer.save(number, backend.export(model), step.export(), state, best=best, keep=config.checkpoint.keep)
+                writer.save(number, *arrays, state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
         if cadence.evaluates(number) and progress.evaluated < number:  # interrupted between saving and evaluating
@@ -187,11 +190,12 @@ def train_locked(
         if num_stopped:
             received = interrupted[0] if interrupted else signal.SIGTERM  # another process received it
             raise Interrupted(received, f"saved at step {number}; continue with --resume auto")
-    if group.rank > 0:
+    if not holds_part:
         return {}
 
     with stoppable(f"in the final report; the training is saved at step {number}; continue with --resume auto"):
-        backend.load(model, store.best_or_latest().model)
+        best = store.best_or_latest().model if group.rank == 0 else {}
+        backend.load(model, share_arrays(group, best, shapes) if config.performance.shard else best)
         split = config.evaluation.test_split or config.evaluation.split
         report, predictions = evaluator.report(split)
         if config.evaluation.save_predictions and predictions:

@@ -26,6 +26,7 @@ from torch_backend.layers import LanguageModel
 from torch_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
 from torch_backend.recurrent import Recurrent
 from torch_backend.session import Session
+from torch_backend.sharding import gathered, is_sharded, own, own_part, shard
 from torch_backend.ssm import SSM
 from torch_backend.step import Step
 from torch_backend.timeseries import TimeSeriesLM
@@ -63,6 +64,8 @@ class Backend:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
         model.gradient_checkpointing = self.runtime.gradient_checkpointing
+        if self.runtime.shard and self.group.size > 1:
+            shard(model, self.device)
         return model.to(self.device)
 
     def load(self, model: LanguageModel, arrays: Arrays) -> None:
@@ -71,10 +74,10 @@ class Backend:
         check_shapes({name: tuple(p.shape) for name, p in parameters.items()}, given, "parameters")
         with torch.no_grad():
             for name, array in arrays.items():
-                parameters[name].copy_(torch.from_numpy(array))
+                own(parameters[name]).copy_(own_part(torch.from_numpy(array), parameters[name]))
 
     def export(self, model: LanguageModel) -> Arrays:
-        return {name: p.detach().float().cpu().numpy().copy() for name, p in self._trainable(model).items()}
+        return gathered((name, own(p), p) for name, p in self._trainable(model).items())
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
         return Step(
@@ -122,7 +125,13 @@ class Backend:
                 change = torch.zeros_like(embed(batch), requires_grad=True)
             with replaced(model, "inputs", lambda batch: embed(batch) + change):
                 return _gradients(mean(), {"inputs": change})
-        return _gradients(mean(), self._trainable(model))
+        parameters = self._trainable(model)
+        if not any(map(is_sharded, parameters.values())):
+            return _gradients(mean(), parameters)
+        mean().backward()  # which alone gathers and shares out
+        gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in parameters.items()}
+        model.zero_grad()
+        return gathered((name, own(g), g) for name, g in gradients.items())
 
     @torch.no_grad()
     def activations(self, model: LanguageModel, objective: Objective, batch: Batch) -> Arrays:

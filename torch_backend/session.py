@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlx_training.data.batch import Batch
 from torch_backend.layers import LanguageModel
+from torch_backend.sharding import within
 
 
 class Session:
@@ -24,6 +25,9 @@ class Session:
 
         Rows come padded at the end. They are moved to the right, so that every row's next token has the same place.
         """
+        return within(self.model, self._prefill, batch)
+
+    def _prefill(self, batch: Batch) -> np.ndarray:
         x_BLH = self.model.inputs(self.to_device(batch))
         self.device = x_BLH.device
         padding = int(batch.lengths.max()) - batch.lengths
@@ -35,6 +39,9 @@ class Session:
     @torch.no_grad()
     def extend(self, tokens: np.ndarray) -> np.ndarray:
         """Append one token (B,) to every row; next-token logits float32 (B, V)."""
+        return within(self.model, self._extend, tokens)
+
+    def _extend(self, tokens: np.ndarray) -> np.ndarray:
         return self._logits(self.lm.embed(torch.from_numpy(tokens).long()[:, None].to(self.device)))
 
     def fork(self, rows: Sequence[int]) -> "Session":

@@ -16,6 +16,7 @@ from mlx_training.spec import Spec
 from torch_backend.group import Group
 from torch_backend.layers import LanguageModel
 from torch_backend.optimizers import State, clock, updated
+from torch_backend.sharding import gathered, is_sharded, own, own_part
 
 FUSED = {"adamw": adamw, "adam": adam}
 HONOURS_FOUND_INF = ("cpu", "cuda")  # devices whose fused kernel reads it; Metal's takes the argument and ignores it
@@ -40,11 +41,16 @@ class Step:
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
         self.group = group
-        parameters, self.table = dict(model.named_parameters()), spec.params()
-        self.parameters = {name: parameters[name] for name in self.table}
+        leaves, self.table = dict(model.named_parameters()), spec.params()
+        self.leaves = {name: leaves[name] for name in self.table}  # what gradients belong to
+        self.parameters = {name: own(p) for name, p in self.leaves.items()}  # what this process updates
+        self.is_sharded = any(map(is_sharded, self.leaves.values()))
         self.names = list(optim.state_shapes(spec))
         self.state: dict[str, State] = {
-            name: {key: torch.zeros(shape, device=p.device) for key, shape in optim.state(self.table[name]).items()}
+            name: {
+                key: torch.zeros(p.shape if self.is_sharded else shape, device=p.device)  # element by element, if sharded
+                for key, shape in optim.state(self.table[name]).items()
+            }
             for name, p in self.parameters.items()
         }
         self.taken = torch.zeros((), device=next(iter(self.parameters.values())).device)
@@ -60,16 +66,20 @@ class Step:
     ) -> dict[str, Any]:
         torch.manual_seed(step_seed(self.seed, step, self.group.rank))
         self.model.train()
-        for p in self.parameters.values():
+        for p in self.leaves.values():
             p.grad = None
         sums = [self._backward(self.to_device(batch)) for batch in batches]
         loss, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
         # zero where a batch did not use the parameter: it decays all the same
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
-        if self.group.size > 1:
+        gradients = [own(p.grad if p.grad is not None else torch.zeros_like(p)) for p in self.leaves.values()]
+        if self.is_sharded:  # each backward pass has summed its gradients
+            loss, weight = self.group.sum([loss, weight])
+        elif self.group.size > 1:
             loss, weight, *gradients = self.group.sum([loss, weight, *gradients])
         torch._foreach_div_(gradients, weight)
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self.is_sharded:
+            norm = self.group.sum([norm.square()])[0].sqrt()
         skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
         before = [_before(p, g) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
         if self.optim.grad_clip_norm is not None:
@@ -126,12 +136,23 @@ class Step:
             moments = [self.state[name].get(key, torch.zeros_like(old)) for key in "mv"]
             norms = [_norm(x) for x in (old, p.detach() - old, *moments)]
             rows.append(torch.stack([grad_norm, *norms, zeros.float(), nonfinite.float()]))
-        table = dict(zip(self.parameters, torch.stack(rows).tolist(), strict=True))
-        return probe_records(table, {name: p.numel() for name, p in self.parameters.items()})
+        figures = torch.stack(rows)
+        if self.is_sharded:
+            figures = self._of_all_shares(figures)
+        table = dict(zip(self.parameters, figures.tolist(), strict=True))
+        return probe_records(table, {name: param.size for name, param in self.table.items()})
+
+    def _of_all_shares(self, figures: Tensor) -> Tensor:
+        """The figures of whole parameters, float64, from those of this process's shares: five norms and two counts."""
+        shares = figures.new_zeros(self.group.size, *figures.shape)
+        shares[self.group.rank] = figures
+        shares = self.group.sum([shares])[0].double()
+        return torch.cat([shares[..., :5].norm(dim=0), shares[..., 5:].sum(0)], dim=-1)
 
     def export(self) -> Arrays:
         """Optimiser state by canonical name; zeros where no step has been taken yet."""
-        arrays = {f"{name}.{key}": x.cpu().numpy().copy() for name, s in self.state.items() for key, x in s.items()}
+        state = [(f"{name}.{key}", x, self.leaves[name]) for name, s in self.state.items() for key, x in s.items()]
+        arrays = gathered(state)
         return {**arrays, "step": np.asarray(self.taken.item(), np.float32)}
 
     def load(self, arrays: Arrays) -> None:
@@ -140,7 +161,7 @@ class Step:
         self.taken.fill_(float(arrays["step"]))
         for name, state in self.state.items():
             for key, array in state.items():
-                array.copy_(torch.from_numpy(arrays[f"{name}.{key}"]))
+                array.copy_(own_part(torch.from_numpy(arrays[f"{name}.{key}"]), self.leaves[name]))
 
 
 def _before(p: Tensor, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -150,5 +171,7 @@ def _before(p: Tensor, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def _norm(x: Tensor) -> Tensor:
     """L2 norm whose squares cannot underflow: a gradient of 1e-30 is not zero."""
+    if not x.numel():  # a share of few rows
+        return x.new_zeros(())
     scale = x.abs().max()
     return torch.where((scale > 0) & scale.isfinite(), scale * (x / scale).norm(), scale)

@@ -97,15 +97,22 @@ class Guard:
             )
 
     def _first_not_finite(self, batches: Sequence[Batch]) -> str:
-        """The module, or else the parameter, where the last step stopped being finite, and the rows it was given."""
+        """The module, or else the parameter, where the last step stopped being finite, and the rows it was given.
+
+        Looks at everything, whatever it finds: processes that share out a model do it together.
+        """
+        found = []
         for batch in batches:
             outputs = self.backend.activations(self.model, self.objective, batch)
             if module := _first(outputs):
                 bad = np.flatnonzero(~np.isfinite(outputs["logprobs"]).all(axis=1))
-                return f"First not finite: the output of {module}, for {self._rows(batch, bad)}"
+                found.append(f"First not finite: the output of {module}, for {self._rows(batch, bad)}")
         for batch in batches:
             if name := _first(self.backend.gradients(self.model, self.objective, batch)):
-                return f"All outputs are finite; first not finite: the gradient of {name}, for {self._rows(batch)}"
+                rows = self._rows(batch)
+                found.append(f"All outputs are finite; first not finite: the gradient of {name}, for {rows}")
+        if found:
+            return found[0]
         return f"Without dropout every output and gradient is finite, for {self._rows(batches[0])}"
 
     def _rows(self, batch: Batch, bad: Sequence[int] | np.ndarray = ()) -> str:
