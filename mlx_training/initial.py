@@ -1,6 +1,7 @@
 """What a run starts from (`training.init_from`): another run, a model of Hugging Face's, an OpenTSLM file, adapters."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,23 @@ from mlx_training.adapters import Adapter, check_adapter, is_adapter, kept_adapt
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import STEP_DIRECTORY
 from mlx_training.errors import CheckpointError
+from mlx_training.init import initialise
 from mlx_training.huggingface import check_same_model, read_huggingface
 from mlx_training.opentslm import read_opentslm
 from mlx_training.spec import PretrainedSpec, Spec
 
 Arrays = dict[str, np.ndarray]
+
+
+def initial_parameters(spec: Spec, seed: int, source: str | None, built: Callable[[], Arrays]) -> Arrays:
+    """Every parameter of a new run: from `source` (see `load_initial`), if one is given, else drawn.
+
+    `built` returns what the model was built with; it is asked where a frozen LM gives parameters, and only there.
+    """
+    fresh = initialise(spec, seed)
+    if fresh.keys() != spec.params().keys():
+        fresh = built() | fresh
+    return load_initial(source, spec, fresh) if source else fresh
 
 
 def load_initial(source: str | Path, spec: Spec, fresh: Arrays) -> Arrays:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ from mlx_training.errors import DivergedError, Interrupted
 from mlx_training.evaluate import Evaluator, save_predictions
 from mlx_training.events import EVENTS, EventLines, descriptions
 from mlx_training.fingerprint import fingerprint
-from mlx_training.init import initialise
-from mlx_training.initial import load_initial
+from mlx_training.initial import initial_parameters
 from mlx_training.json_lines import METRICS, JsonLines, set_aside
 from mlx_training.memory import full_memory_explained, training_advice
 from mlx_training.notes import notes
@@ -96,10 +96,9 @@ def train_locked(
     step = backend.make_step(model, objective, config.optim, seed=config.experiment.seed)
     if checkpoint:
         parameters, state = checkpoint.model, checkpoint.optimizer
-    else:
-        parameters, state = backend.export(model) | initialise(assembly.spec, config.experiment.seed), {}
-        if config.training.init_from:
-            parameters = load_initial(config.training.init_from, assembly.spec, parameters)
+    else:  # process 0's alone are looked at
+        source, built = config.training.init_from, partial(backend.export, model)
+        parameters, state = initial_parameters(assembly.spec, config.experiment.seed, source, built), {}
     shapes = {name: param.shape for name, param in assembly.spec.params().items()}
     backend.load(model, share_arrays(group, parameters, shapes))
     if first:

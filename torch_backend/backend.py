@@ -128,6 +128,7 @@ class Backend:
         parameters = self._trainable(model)
         if not any(map(is_sharded, parameters.values())):
             return _gradients(mean(), parameters)
+        model.zero_grad()  # a step leaves its gradients behind
         mean().backward()  # which alone gathers and shares out
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in parameters.items()}
         model.zero_grad()

@@ -9,8 +9,7 @@ from mlx_training.assemble import Assembly, Data, assemble, open_backend
 from mlx_training.backend import Backend, Optim, Registered, Step
 from mlx_training.config import RunConfig
 from mlx_training.data.batch import Batch
-from mlx_training.init import initialise
-from mlx_training.initial import load_initial
+from mlx_training.initial import initial_parameters
 from mlx_training.objectives import Objective
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import Param, Spec
@@ -87,11 +86,8 @@ def from_assembly(assembly: Assembly, backend: str | None = None, *, max_rows: i
     spec, batches = assembly.spec, data.train_batches()
     chosen = open_backend(config, backend)
     model = chosen.build(spec)
-    arrays = chosen.export(model) | initialise(spec, config.experiment.seed)
-    if training.init_from:
-        arrays = load_initial(training.init_from, spec, arrays)
-    chosen.load(model, arrays)
     seed = config.experiment.seed
+    chosen.load(model, initial_parameters(spec, seed, training.init_from, partial(chosen.export, model)))
     return Subject(
         backend=chosen,
         spec=spec,

@@ -1,0 +1,189 @@
+"""Two processes that share out a model take the steps of one that has it whole (FSDP2, torch)."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from mlx_training import backend as backends
+from mlx_training.backend import Runtime
+from mlx_training.checkpoint import CheckpointStore
+from mlx_training.config import load_config
+from mlx_training.errors import BackendError, ConfigError
+from mlx_training.spec import DecoderSpec
+from tests.e2e.processes import TORCHRUN, expect_equal, launch, run
+from tests.e2e.workbench import Workbench
+
+SHARDED = "performance.shard=true"
+# batches of 5 windows: shares of 3 and 2; of the last batch of an epoch the second process has nothing
+STEPS = ("training.max_steps=6", "training.batch_size=5", "evaluation.every_steps=3", "checkpoint.keep=9")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "decoder": (
+        *("training.gradient_checkpointing=true", "training.grad_accumulation_steps=2", "training.grad_clip_norm=0.5"),
+        *("model.decoder.num_layers=3", "diagnostics.probe_every_steps=5"),
+        "evaluation.samples={prompts: [The series], every_steps: 6, max_new_tokens: 8}",
+    ),
+    "untied": ("model.decoder.tie_word_embeddings=false", "model.decoder.positions=learned", "training.optimizer=lion"),
+    "experts": ("model.decoder.experts={num_experts: 3}", "training.optimizer=sgd", "training.momentum=0.9"),
+    "sinks": ("model.decoder.num_sinks=3", "model.decoder.mixers=[local, causal]", "model.decoder.window=4"),
+    "unet": ("model.decoder.num_layers=3", "model.decoder.widths=[16, 8, 16]", "training.precision=bfloat16"),
+    "recurrent": ("model.recurrent.tie_word_embeddings=true",),
+    "ssm": (),
+    "kgram": (),
+}
+
+
+@pytest.fixture
+def decoder(bench: Workbench, backends: list[str]) -> Workbench:
+    """A workbench whose configuration is a decoder's, on torch."""
+    if "torch" not in backends:
+        pytest.skip("backend torch is not installed")
+    bench.backend = "torch"
+    bench.use_decoder()
+    return bench
+
+
+def test_one_process_then_two_sharded_then_one(decoder: Workbench) -> None:
+    """What one has saved is shared out, and what two have saved is whole again."""
+    settings = (*STEPS, "model.decoder.num_layers=2", "dataset.num_samples_train=11")
+    whole = decoder.train(*settings, "output_dir=whole")
+    shutil.copytree("whole", decoder.run)
+    begin = decoder.run / "checkpoints/step_00000003"
+    _, said = launch(decoder, *settings, SHARDED, "--resume", begin, moment="1 5", number=signal.SIGTERM)
+    assert "2 processes, resumed from step 3" in said and said.count("interrupted: saved at step 5") == 2, said
+    assert decoder.json("checkpoint", "verify", decoder.run)["ok"]
+    result = decoder.train(*settings, SHARDED, "--resume", "auto")  # one process has nothing to share
+    assert expect_equal(decoder.run, Path("whole")) <= 1e-5
+    assert result["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], rel=1e-5)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_twenty_steps(decoder: Workbench, variant: str) -> None:
+    """Two sharded, then one, then two sharded again."""
+    if variant in ("recurrent", "ssm", "kgram"):
+        decoder.use_language(variant)
+    settings = (*STEPS, "training.max_steps=20", "dataset.num_samples_train=11", *VARIANTS[variant])
+    whole = decoder.train(*settings, "output_dir=whole")
+    _, said = launch(decoder, *settings, SHARDED, moment="0 7", number=signal.SIGTERM)
+    assert said.count("interrupted: saved at step 7") == 2, said
+    stopped = (*settings, "training.early_stopping_patience=1", "training.early_stopping_min_delta=99")
+    decoder.train(*stopped, "--resume", "auto")
+    between = CheckpointStore(decoder.run).load("latest").step
+    assert 7 < between < 20
+    code, said = launch(decoder, *settings, SHARDED, "--resume", "auto")
+    assert code == 0 and f"2 processes, resumed from step {between}" in said, said
+    difference = expect_equal(decoder.run, Path("whole"))
+    print(f"{variant}: largest relative difference of loss, gradient norm and eval/loss: {difference:.1e}")
+    assert difference <= (1e-5 if variant != "unet" else 1e-2)  # bfloat16
+    result = decoder.json("train", decoder.config, *settings, "--resume", "auto")  # finished: says what two have found
+    assert result["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], rel=1e-5 if variant != "unet" else 1e-2)
+    if variant == "decoder":
+        assert (decoder.run / "samples.jsonl").read_text() == Path("whole/samples.jsonl").read_text()
+
+
+@pytest.mark.proof
+def test_all_diverge_together(decoder: Workbench) -> None:
+    wild = ("training.learning_rate=1e38", "training.schedule=constant", "diagnostics.max_skipped_steps=2")
+    code, said = launch(decoder, *STEPS, *wild, SHARDED)
+    assert code and "exitcode  : 4" in said, said
+    assert "2 updates in a row were skipped. First not finite: the output of" in said, said
+
+
+WORKER = """
+import numpy as np, torch
+from mlx_training import backend as backends
+from mlx_training.backend import Optim, Runtime
+from mlx_training.data.batch import Batch
+from mlx_training.init import initialise
+from mlx_training.objectives.lm import lm
+from mlx_training.spec import DecoderSpec
+from torch_backend.sharding import own
+
+spec = DecoderSpec(61, 16, 24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, context_length=16)
+optim = Optim(weight_decay=0.1, grad_clip_norm=0.5)
+rng = np.random.default_rng(0)
+
+def batch(mask):
+    tokens, targets = rng.integers(0, 61, (2, 3, 12), dtype=np.int32)
+    return Batch(tokens, targets, np.full((3, 12), mask, np.float32), np.full(3, 12, np.int32), rows=(0, 1, 2))
+
+batches = [batch(1), batch(0)]  # the second process has rows that do not count
+prompts = Batch(batches[0].tokens, batches[0].targets, batches[0].mask, np.array([12, 7, 9], np.int32))
+
+def trained(group_of_all, shard):
+    backend = backends.get("torch", Runtime(device="cpu", shard=shard))
+    if group_of_all:
+        backend.group.join()
+    model = backend.build(spec)
+    session = backend.session(model).prefill(prompts)  # before any forward pass
+    backend.load(model, initialise(spec, 0))
+    step = backend.make_step(model, lm, optim, seed=0)
+    mine = [batches[backend.group.rank]] if group_of_all else batches
+    metrics = [step(mine, step=i, lr=dict.fromkeys(spec.groups, 1e-2), probe=i == 3) for i in (1, 2, 3)]
+    probe = metrics[2].pop("probe")
+    session = backend.session(model)
+    logits = [session.prefill(prompts), session.extend(np.array([1, 2, 3]))]
+    held = sum(own(p).numel() for p in model.parameters()), sum(x.numel() for s in step.state.values() for x in s.values())
+    arrays, state = backend.export(model), step.export()
+    gradients = backend.gradients(model, lm, batches[0])
+    again = backend.export(model)
+    assert all((again[n] == a).all() for n, a in arrays.items())
+    return backend, [{k: float(v) for k, v in m.items()} for m in metrics], probe, logits, held, arrays, state, gradients
+
+backend, metrics, probe, logits, held, arrays, state, gradients = trained(True, True)
+_, *one = trained(False, False)
+def near(a, b, what):
+    assert np.allclose(a, b, rtol=2e-5, atol=1e-6), (what, a, b)
+for a, b in zip(metrics, one[0], strict=True):
+    for name in a: near(a[name], b[name], name)
+for name, figures in one[1].items():
+    for key, value in figures.items(): near(probe[name][key], value, (name, key))
+for a, b in zip(logits, one[2], strict=True): near(a, b, "logits")
+assert bool(arrays) == bool(gradients) == (backend.group.rank == 0)
+for name, a in arrays.items(): near(a, one[4][name], name)
+if backend.group.rank == 0:
+    for name, a in state.items(): near(a, one[5][name], name)
+    for name, a in gradients.items(): near(a, 2 * one[6][name], name)  # of both processes, which asked for the same rows
+print(f"held by {backend.group.rank}:", *(a / b for a, b in zip(held, one[3], strict=True)), flush=True)
+backend.group.leave()
+"""
+
+
+def test_each_process_holds_half(decoder: Workbench) -> None:
+    """Steps, figures of a probe, gradients, generation and what is saved are those of one process."""
+    worker = decoder.folder / "worker.py"
+    worker.write_text(WORKER)
+    code, said = run([*TORCHRUN, worker])
+    assert code == 0, said
+    for rank in "01":
+        shares = said.partition(f"held by {rank}: ")[2].split()[:2]
+        assert [float(share) for share in shares] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.optimizer=muon", "muon needs whole matrices"),
+        ("training.optimizer=adafactor", "adafactor needs whole matrices"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(decoder: Workbench, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(decoder.config, [SHARDED, override])
+
+
+def test_a_frozen_model_is_not_sharded(bench: Workbench) -> None:
+    with pytest.raises(ConfigError, match=r"performance.shard: .* it is for decoder, recurrent, ssm, kgram"):
+        load_config(bench.config, [SHARDED])
+
+
+def test_mlx_refuses_several_processes() -> None:
+    pytest.importorskip("mlx.core")
+    backend = backends.get("mlx", Runtime(device="cpu", shard=True))
+    spec = DecoderSpec(8, 8, 8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, context_length=8)
+    backend.build(spec)
+    backend.group.size = 2
+    with pytest.raises(BackendError, match="2 processes of MLX, which cannot share out a model"):
+        backend.build(spec)
