@@ -141,7 +141,7 @@ class QuestionDataset(Sequence[Row]):
             raise ConfigError(f"generated questions need seed >= 0 and num_samples >= 1, got {seed} and {num_samples}")
         self.seed, self.split, self.num_samples = seed, split, num_samples
         self._stream = SPLITS.index(split)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, np.ndarray] = {}  # of blocks that were asked for
 
     def __len__(self) -> int:
         return self.num_samples
@@ -165,11 +165,10 @@ class QuestionDataset(Sequence[Row]):
 
     def _kind_and_answer(self, index: int) -> tuple[QuestionType, int]:
         block, place = divmod(index, len(_BLOCK))
-        cached, order = self._order
-        if cached != block:
-            order = np.random.default_rng((self.seed, self._stream, 0, block)).permutation(len(_BLOCK))
-            self._order = (block, order)  # one assignment: safe to read from a prefetching thread
-        return _BLOCK[order[place]]
+        if block not in self._orders:
+            rng = np.random.default_rng((self.seed, self._stream, 0, block))
+            self._orders[block] = rng.permutation(len(_BLOCK)).astype(np.int8)
+        return _BLOCK[self._orders[block][place]]
 
 
 def _make_row(rng: np.random.Generator, kind: QuestionType, answer: int, row_id: str) -> Row:

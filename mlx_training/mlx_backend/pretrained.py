@@ -5,11 +5,11 @@ Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key
 
 import dataclasses
 import hashlib
-import importlib
-import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -259,16 +259,26 @@ class _LayerCache:
 
 def _build(config: dict[str, Any]) -> Any:
     """mlx-lm's model for a configuration; its random weights are lazy and never computed."""
-    with _open_file_limit_kept():
-        from mlx_lm.utils import MODEL_REMAPPING
-
-        name = MODEL_REMAPPING.get(config["model_type"], config["model_type"])
-        module = importlib.import_module(f"mlx_lm.models.{name}")
+    module = _mlx_lm_module({"mistral": "llama"}.get(config["model_type"], config["model_type"]))
     causal_lm = module.Model(module.ModelArgs.from_dict(config))
     for layer in causal_lm.model.layers:
         if isinstance(layer.self_attn.rope, nn.RoPE):
             layer.self_attn.rope = _RoPE(layer.self_attn.rope)
     return causal_lm
+
+
+def _mlx_lm_module(name: str) -> ModuleType:
+    """A module of `mlx_lm.models` without the package's own imports, which load transformers, and torch if there is one,
+    for seconds, and lower the process's limit of open files.
+    """
+    is_imported, spec = "mlx_lm" in sys.modules, importlib.util.find_spec("mlx_lm")
+    if not is_imported and spec is not None:
+        sys.modules["mlx_lm"] = importlib.util.module_from_spec(spec)
+    try:
+        return importlib.import_module(f"mlx_lm.models.{name}")
+    finally:
+        if not is_imported:
+            sys.modules.pop("mlx_lm", None)  # whoever imports it gets all of it
 
 
 class _RoPE(nn.Module):
@@ -286,14 +296,3 @@ class _RoPE(nn.Module):
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)
-
-
-@contextmanager
-def _open_file_limit_kept() -> Iterator[None]:
-    """Importing mlx-lm lowers the process's limit of open files to 4096, the hard limit included."""
-    setrlimit = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        yield
-    finally:
-        resource.setrlimit = setrlimit

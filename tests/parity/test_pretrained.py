@@ -219,13 +219,15 @@ def test_other_quantisation_is_refused(backend_name, tmp_path):
         lm_driver.load(backend_name, directory)
 
 
-def test_open_file_limit_survives_mlx_lm(checkpoints):
-    """Importing mlx-lm sets RLIMIT_NOFILE to (2048, 4096) for the whole process."""
+def test_a_model_of_mlx_lm_comes_alone(checkpoints):
+    """Importing all of mlx-lm takes seconds and sets RLIMIT_NOFILE to (2048, 4096) for the whole process."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
-        "import resource\n"
+        "import resource, sys\n"
         "from mlx_training.mlx_backend.pretrained import load_pretrained\n"
         f"load_pretrained({str(checkpoints('llama', 'plain'))!r})\n"
         f"assert resource.getrlimit(resource.RLIMIT_NOFILE) == {limit}\n"
+        "assert not {'mlx_lm', 'transformers', 'torch'} & set(sys.modules)\n"
+        "from mlx_lm.utils import load\n"  # all of it, for whoever wants it
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -12,6 +12,7 @@ from tools.benchmarks.growth import growth
 from tools.benchmarks.listing import Listing
 from tools.benchmarks.measure import Measured, compare
 from tools.benchmarks.padding import padding
+from tools.benchmarks.startup import startup
 
 Sides = Mapping[str, tuple[str, Mapping[str, Any]]]
 ROWS = {"num_rows": 16}
@@ -179,6 +180,7 @@ CPU: dict[str, Table] = {
     "generation": generation,
     "growth": growth,
     "costs": costs,
+    "startup": startup,
 }
 TABLES: dict[str, Table] = CPU | {"cuda": cuda, "smoke": smoke}
 
