@@ -42,6 +42,7 @@ class Runtime:
     gradient_checkpointing: bool = False  # activations of a layer are computed again for its backward pass, not kept
     frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"  # what stands before the series has no gradient
     trim_last_layer: bool = True  # a frozen LM's last layer is computed at the places of labels only
+    compile: Literal["auto", "on", "off"] = "auto"  # the loss of a step on torch, all of a step on MLX
     shard: bool = False  # a model trained from scratch is shared out over the processes, not copied to each
 
 

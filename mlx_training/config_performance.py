@@ -24,6 +24,8 @@ class Performance(Section):
     """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is kept."""
     trim_last_layer: bool = True
     """A frozen LM's last layer is computed at the places of labels only."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch: the loss of a step (auto: on CUDA, else off). MLX: all of a step (auto: on; off helps to debug)."""
     shard: bool = False
     """From scratch, with torchrun: the processes share out parameters, gradients and optimiser state."""
 
@@ -35,6 +37,9 @@ def performance_conflicts(config: "RunConfig") -> Iterator[Conflict]:
         if getattr(given, key) != Performance.model_fields[key].default and family not in families:
             message = f"the {family} family has nothing to spare there; it is for {', '.join(families)}. Leave it out"
             yield Conflict((f"performance.{key}", "model.family"), message)
+    if given.shard and given.compile == "on":
+        message = "given on; a sharded model gathers its layers one by one, which is not compiled: give auto or off"
+        yield Conflict(("performance.compile", "performance.shard"), message)
     if given.shard and optimizer in WHOLE_MATRICES:
         message = f"given true; {optimizer} needs whole matrices, and no process has them: take adamw, or set it to false"
         yield Conflict(("performance.shard", "training.optimizer"), message)

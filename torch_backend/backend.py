@@ -81,7 +81,14 @@ class Backend:
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
         return Step(
-            model, model.spec, objective, optim, seed=seed, group=self.group, to_device=partial(self._ready, model)
+            model,
+            model.spec,
+            objective,
+            optim,
+            seed=seed,
+            group=self.group,
+            to_device=partial(self._ready, model),
+            compiles=self._compiles,
         )
 
     @torch.no_grad()
@@ -192,6 +199,12 @@ class Backend:
         """The batch on the device, with what the model need not compute again for each of its gradients."""
         past = model.past(batch) if isinstance(model, LanguageModel) else None  # somebody's own model is none
         return replace(self.to_device(batch), past=past)
+
+    @property
+    def _compiles(self) -> bool:
+        """Compiling for a CPU takes longer than it saves, and a sharded model gathers its layers one by one."""
+        wanted = self.runtime.compile
+        return wanted == "on" or (wanted == "auto" and self.device.type == "cuda" and not self.runtime.shard)
 
     def _trainable(self, model: LanguageModel) -> dict[str, torch.nn.Parameter]:
         parameters = dict(model.named_parameters())

@@ -38,6 +38,7 @@ class Step:
         seed: int,
         group: Group,
         to_device: Callable[[Batch], Batch],
+        compiles: bool,
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
         self.group = group
@@ -55,11 +56,13 @@ class Step:
         }
         self.taken = torch.zeros((), device=next(iter(self.parameters.values())).device)
         self.groups = optimizer_groups(spec)
+        self._num_graphs = 0
+        self._loss = torch.compile(self._sums, backend=self._compiled) if compiles else self._sums
 
     @property
     def num_compilations(self) -> int:
-        """Functions traced for compilation so far: none."""
-        return 0
+        """Graphs compiled so far; 0 where nothing is compiled."""
+        return self._num_graphs
 
     def __call__(
         self, batches: Sequence[Batch], *, step: int, lr: Mapping[str, float], probe: bool = False
@@ -89,10 +92,18 @@ class Step:
         return metrics | {"probe": self._probe(before)} if probe else metrics
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        sums = self.objective(self.model, batch)
-        if sums["loss"].requires_grad:  # not so for rows without series in front of a frozen LM
-            sums["loss"].backward()
-        return sums["loss"].detach(), sums["weight"]
+        loss, weight = self._loss(batch.arrays())
+        if loss.requires_grad:  # not so for rows without series in front of a frozen LM
+            loss.backward()
+        return loss.detach(), weight
+
+    def _sums(self, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        sums = self.objective(self.model, Batch(**arrays))
+        return sums["loss"], sums["weight"]
+
+    def _compiled(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self._num_graphs += 1
+        return inductor(graph, inputs)
 
     @torch.no_grad()
     def _update(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
@@ -162,6 +173,13 @@ class Step:
         for name, state in self.state.items():
             for key, array in state.items():
                 array.copy_(own_part(torch.from_numpy(arrays[f"{name}.{key}"]), self.leaves[name]))
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """PyTorch's compiler, with the dropout masks that are drawn without it."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, config_patches={"fallback_random": True})
 
 
 def _before(p: Tensor, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:

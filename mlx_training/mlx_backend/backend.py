@@ -82,7 +82,14 @@ class Backend:
 
     def make_step(self, model: LanguageModel, objective: Objective, optim: Optim, *, seed: int) -> Step:
         return Step(
-            model, model.spec, objective, optim, seed=seed, group=self.group, to_device=partial(self._ready, model)
+            model,
+            model.spec,
+            objective,
+            optim,
+            seed=seed,
+            group=self.group,
+            to_device=partial(self._ready, model),
+            compiles=self.runtime.compile != "off",
         )
 
     def score(self, model: LanguageModel, objective: Objective, batch: Batch) -> dict[str, float]:

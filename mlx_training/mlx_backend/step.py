@@ -37,6 +37,7 @@ class Step:
         seed: int,
         group: Group,
         to_device: Callable[[Batch], Batch],
+        compiles: bool,
     ) -> None:
         self.model, self.objective, self.optim, self.seed, self.to_device = model, objective, optim, seed, to_device
         self.group = group
@@ -47,14 +48,14 @@ class Step:
         }
         self.taken = mx.array(0.0)
         self._num_traces = 0
-        counted = [self._counted(f) for f in (self._gradients, self._update, self._whole)]
+        functions = (self._gradients, self._update, self._whole)
         self._compiled_gradients, self._compiled_update, self._compiled_whole = (
-            mx.compile(f, mx.random.state, mx.random.state) for f in counted
+            mx.compile(self._counted(f), mx.random.state, mx.random.state) if compiles else f for f in functions
         )
 
     @property
     def num_compilations(self) -> int:
-        """Functions traced for compilation so far."""
+        """Functions traced for compilation so far; 0 where nothing is compiled."""
         return self._num_traces
 
     def __call__(
