@@ -68,12 +68,14 @@ class Step:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         if self.group.size > 1:
             loss, weight, *gradients = self.group.sum([loss, weight, *gradients])
-        torch._foreach_div_(gradients, weight)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients) / weight
         skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
-        before = [_before(p, g) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
-        if self.optim.grad_clip_norm is not None:
-            torch._foreach_mul_(gradients, (self.optim.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        before = (
+            [_before(p, g / weight) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
+        )
+        limit = self.optim.grad_clip_norm
+        factor = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor / weight)  # the mean, clipped, in one pass
         self._update(dict(zip(self.parameters, gradients, strict=True)), lr, skipped)
         metrics = {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
         return metrics | {"probe": self._probe(before)} if probe else metrics
