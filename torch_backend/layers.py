@@ -69,7 +69,10 @@ def attention(
 
     `mask` is None, "causal", boolean (True = may look), or what is added to the scores; `scale` is 1 / sqrt(D) if None.
     """
-    causal = isinstance(mask, str)
+    causal, grouped = isinstance(mask, str), q_BNTD.shape[1] != k_BKSD.shape[1]
+    if grouped and q_BNTD.is_cuda and isinstance(mask, Tensor):  # there grouped heads under a mask have no fused kernel
+        k_BKSD, v_BKSD = (x.repeat_interleave(q_BNTD.shape[1] // x.shape[1], dim=1) for x in (k_BKSD, v_BKSD))
+        grouped = False
     return F.scaled_dot_product_attention(
         q_BNTD,
         k_BKSD,
@@ -77,7 +80,7 @@ def attention(
         attn_mask=None if causal else mask,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q_BNTD.shape[1] != k_BKSD.shape[1],
+        enable_gqa=grouped,
     )
 
 
@@ -100,6 +103,7 @@ class KVCache:
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
         self.left_padding = torch.tensor(left_padding)
+        self.is_padded = any(left_padding)
         self.length = 0
 
     @classmethod
@@ -119,16 +123,31 @@ class KVCache:
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is empty and no row is padded: what comes first needs no other mask than the causal one."""
+        return self.length == 0 and not self.is_padded
+
     def positions(self, num_new: int, *, of_keys: bool = False) -> Tensor:
-        """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding."""
+        """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding.
+
+        (1, T) where no row is padded.
+        """
         places = torch.arange(0 if of_keys else self.length, self.length + num_new)
+        if not self.is_padded:
+            return places[None]
         return (places[None] - self.left_padding[:, None]).clamp(min=0)
 
     def mask(self, num_new: int) -> Tensor:
-        """Who may look where, boolean (B, 1, T, S): no future, no padding (padding itself looks at padding)."""
+        """Who may look where, boolean (B, 1, T, S): no future, no padding (padding itself looks at padding).
+
+        (1, 1, T, S) where no row is padded.
+        """
         total = self.length + num_new
         queries, keys = torch.arange(self.length, total), torch.arange(total)
         causal_TS = keys[None] <= queries[:, None]
+        if not self.is_padded:
+            return causal_TS[None, None]
         pad_key = keys[None] < self.left_padding[:, None]
         pad_query = queries[None] < self.left_padding[:, None]
         return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]

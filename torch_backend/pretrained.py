@@ -22,8 +22,8 @@ from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
+from torch_backend.blocks import Block, Seen
 from torch_backend.decoder import Decoder
-from torch_backend.last_layer import last_layer_at
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
 
@@ -59,10 +59,9 @@ class PretrainedLM(nn.Module):
 
         Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `KVCache.after`.
         """
-        with last_layer_at(self.model.layers, places_BK):
-            if past is not None:
-                return self.extend(x_BLH, KVCache.after(past, x_BLH.shape[0]))
-            return self.model(inputs_embeds=x_BLH, use_cache=False).last_hidden_state
+        num_rows = x_BLH.shape[0]
+        cache = self.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
+        return self.extend(x_BLH, cache, places_BK)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V), float32."""
@@ -75,24 +74,22 @@ class PretrainedLM(nn.Module):
         """An empty cache for rows with this much padding on the left."""
         return KVCache(self.num_layers, left_padding)
 
-    def extend(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states (B, T, H) of new tokens after those in the cache, which grows."""
-        num_new, device = x_BTH.shape[1], x_BTH.device
-        h_BTH = self.model(
-            inputs_embeds=x_BTH,
-            attention_mask=self._masks(cache, num_new, device),
-            position_ids=cache.positions(num_new).to(device),
-            past_key_values=_LayerCaches(cache),
-            use_cache=True,
-        ).last_hidden_state
+    def extend(self, x_BTH: Tensor, cache: KVCache, places_BK: Tensor | None = None) -> Tensor:
+        """Hidden states of new tokens (B, T, H), or of some of them (B, K, H), after those in the cache; it grows."""
+        num_new, layers = x_BTH.shape[1], self.model.layers
+        seen = {
+            is_sliding: self._seen(x_BTH, cache, is_sliding) for is_sliding in {layer.is_sliding for layer in layers}
+        }
+        for layer in layers[:-1]:
+            x_BTH = layer(x_BTH, seen[layer.is_sliding])
+        x_BTH = layers[-1](x_BTH, seen[layers[-1].is_sliding], places_BK)
         cache.length += num_new
-        return h_BTH
+        return self.model.norm(x_BTH)
 
     def extend_to_last(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
         last_B1 = x_BTH.new_full((len(x_BTH), 1), x_BTH.shape[1] - 1, dtype=torch.long)
-        with last_layer_at(self.model.layers, last_B1):
-            return self.extend(x_BTH, cache)[:, -1]
+        return self.extend(x_BTH, cache, last_B1)[:, 0]
 
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
@@ -106,13 +103,20 @@ class PretrainedLM(nn.Module):
                 module.train(mode)
         return self
 
-    def _masks(self, cache: KVCache, num_new: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-        mask_B1TS = cache.mask(num_new).to(device)
-        if self.sliding_window is None:
-            return mask_B1TS
-        queries, keys = torch.arange(cache.length, cache.length + num_new), torch.arange(mask_B1TS.shape[-1])
-        near_TS = (queries[:, None] - keys < self.sliding_window).to(device)
-        return {"full_attention": mask_B1TS, "sliding_attention": mask_B1TS & near_TS}
+    def _seen(self, x_BTH: Tensor, cache: KVCache, is_sliding: bool) -> Seen:
+        num_new = x_BTH.shape[1]
+        kind = ("sliding_attention" if is_sliding else "full_attention",) if self.sliding_window else ()
+        positions_BT = cache.positions(num_new).to(x_BTH.device)
+        cos_BTD, sin_BTD = self.model.rotary_emb(x_BTH, positions_BT, *kind)  # Gemma has two kinds of layers
+        window = self.sliding_window if is_sliding else None
+        if cache.is_plain and num_new <= (window or num_new):
+            return Seen(cache, cos_BTD, sin_BTD, "causal")
+        seen_B1TS = cache.mask(num_new)
+        if window is not None:
+            queries, keys = torch.arange(cache.length, cache.length + num_new), torch.arange(seen_B1TS.shape[-1])
+            seen_B1TS = seen_B1TS & (queries[:, None] - keys < window)
+        added = torch.zeros(seen_B1TS.shape, dtype=x_BTH.dtype).masked_fill_(~seen_B1TS, -torch.inf)
+        return Seen(cache, cos_BTD, sin_BTD, added.to(x_BTH.device))
 
 
 class PretrainedModel(LanguageModel):
@@ -254,24 +258,16 @@ def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     return dense_weight(layer).cpu().numpy()
 
 
-class _LayerCaches:
-    """A `KVCache`, in the words of transformers' attention."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
-
-    def update(self, k_BKTD: Tensor, v_BKTD: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.append(layer_idx, k_BKTD, v_BKTD)
-
-
 def _build(config: dict[str, Any]) -> Any:
-    """transformers' body (without a head) for a configuration; its parameters take no memory yet."""
+    """transformers' body (without a head) with our blocks; its parameters take no memory yet."""
     from transformers import AutoConfig, AutoModel
 
     known = {key: value for key, value in config.items() if key not in ("quantization", "model_type", "torch_dtype")}
     hf_config = AutoConfig.for_model(config["model_type"], **known)
     with _parameters_on_meta():
-        return AutoModel.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
+        body = AutoModel.from_config(hf_config, dtype=torch.float32)
+    body.layers = nn.ModuleList([Block(layer, i) for i, layer in enumerate(body.layers)])
+    return body
 
 
 @contextmanager

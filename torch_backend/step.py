@@ -75,18 +75,20 @@ class Step:
         loss, weight = (torch.stack(values).sum() for values in zip(*sums, strict=True))
         # zero where a batch did not use the parameter: it decays all the same
         gradients = [own(p.grad if p.grad is not None else torch.zeros_like(p)) for p in self.leaves.values()]
-        if self.is_sharded:  # each backward pass has summed its gradients
-            loss, weight = self.group.sum([loss, weight])
-        elif self.group.size > 1:
+        if self.group.size > 1 and not self.is_sharded:
             loss, weight, *gradients = self.group.sum([loss, weight, *gradients])
-        torch._foreach_div_(gradients, weight)
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.is_sharded:
-            norm = self.group.sum([norm.square()])[0].sqrt()
+        if self.is_sharded:  # each backward pass has summed its gradients
+            loss, weight, square = self.group.sum([loss, weight, norm.square()])
+            norm = square.sqrt()
+        norm = norm / weight
         skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
-        before = [_before(p, g) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
-        if self.optim.grad_clip_norm is not None:
-            torch._foreach_mul_(gradients, (self.optim.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        before = (
+            [_before(p, g / weight) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
+        )
+        limit = self.optim.grad_clip_norm
+        factor = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor / weight)  # the mean, clipped, in one pass
         self._update(dict(zip(self.parameters, gradients, strict=True)), lr, skipped)
         metrics = {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
         return metrics | {"probe": self._probe(before)} if probe else metrics

@@ -115,6 +115,7 @@ class KVCache:
         self.keys: list[mx.array | None] = [None] * num_layers
         self.values: list[mx.array | None] = [None] * num_layers
         self.left_padding = mx.array(left_padding)
+        self.is_padded = any(left_padding)
         self.length = 0
 
     @classmethod
@@ -134,16 +135,31 @@ class KVCache:
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is empty and no row is padded: what comes first needs no other mask than the causal one."""
+        return self.length == 0 and not self.is_padded
+
     def positions(self, num_new: int, *, of_keys: bool = False) -> mx.array:
-        """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding."""
+        """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding.
+
+        (1, T) where no row is padded.
+        """
         places = mx.arange(0 if of_keys else self.length, self.length + num_new)
+        if not self.is_padded:
+            return places[None]
         return mx.maximum(places[None] - self.left_padding[:, None], 0)
 
     def mask(self, num_new: int) -> mx.array:
-        """Who may look where, boolean (B, 1, T, S): no future, no padding (padding itself looks at padding)."""
+        """Who may look where, boolean (B, 1, T, S): no future, no padding (padding itself looks at padding).
+
+        (1, 1, T, S) where no row is padded.
+        """
         total = self.length + num_new
         queries, keys = mx.arange(self.length, total), mx.arange(total)
         causal_TS = keys[None] <= queries[:, None]
+        if not self.is_padded:
+            return causal_TS[None, None]
         pad_key = keys[None] < self.left_padding[:, None]
         pad_query = queries[None] < self.left_padding[:, None]
         return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]

@@ -3,7 +3,6 @@
 Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key/value heads, D head_dim, V vocabulary.
 """
 
-import dataclasses
 import hashlib
 import importlib.util
 import sys
@@ -21,8 +20,8 @@ from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.mlx_backend.blocks import Block, Seen
 from mlx_training.mlx_backend.decoder import Decoder
-from mlx_training.mlx_backend.last_layer import last_layer_at
 from mlx_training.mlx_backend.layers import KVCache, LanguageModel
 from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quantized
 from mlx_training.spec import FrozenLM, PretrainedSpec
@@ -40,14 +39,13 @@ class PretrainedLM(nn.Module):
         self.num_layers: int = config["num_hidden_layers"]
         self.softcap: float | None = config.get("final_logit_softcapping")
         self.embed_scale = 1.0
+        self.sliding_window: int | None = config["sliding_window"]
         causal_lm = _build(config)
         self.model = causal_lm.model
         if not config["tie_word_embeddings"]:
             self.lm_head = causal_lm.lm_head
         if config["model_type"].startswith("gemma"):
-            self.embed_scale = self.hidden_size**0.5
-            # mlx-lm's body multiplies its input by sqrt(args.hidden_size), rounded to bfloat16; `embed` does that here.
-            self.model.args = dataclasses.replace(self.model.args, hidden_size=1)
+            self.embed_scale = self.hidden_size**0.5  # mlx-lm's own body rounds it to bfloat16
 
     def embed(self, tokens_BL: mx.array) -> mx.array:
         """Input embeddings (B, L, H), exactly what `hidden` expects (Gemma's scale is applied)."""
@@ -59,10 +57,9 @@ class PretrainedLM(nn.Module):
 
         Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `KVCache.after`.
         """
-        with last_layer_at(self.model.layers, places_BK):
-            if past is not None:
-                return self.extend(x_BLH, KVCache.after(past, x_BLH.shape[0]))
-            return self.model(None, input_embeddings=x_BLH)
+        num_rows = x_BLH.shape[0]
+        cache = self.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
+        return self.extend(x_BLH, cache, places_BK)
 
     def head(self, h: mx.array) -> mx.array:
         """Logits (..., V), float32."""
@@ -74,22 +71,37 @@ class PretrainedLM(nn.Module):
         """An empty cache for rows with this much padding on the left."""
         return KVCache(self.num_layers, left_padding)
 
-    def extend(self, x_BTH: mx.array, cache: KVCache) -> mx.array:
-        """Hidden states (B, T, H) of new tokens after those in the cache, which grows."""
-        layers = [_LayerCache(cache, i) for i in range(self.num_layers)]
-        h_BTH = self.model(None, cache=layers, input_embeddings=x_BTH)
-        cache.length += x_BTH.shape[1]
-        return h_BTH
+    def extend(self, x_BTH: mx.array, cache: KVCache, places_BK: mx.array | None = None) -> mx.array:
+        """Hidden states of new tokens (B, T, H), or of some of them (B, K, H), after those in the cache; it grows."""
+        num_new, layers = x_BTH.shape[1], self.model.layers
+        seen = {
+            is_sliding: self._seen(num_new, cache, is_sliding) for is_sliding in {layer.is_sliding for layer in layers}
+        }
+        for layer in layers[:-1]:
+            x_BTH = layer(x_BTH, seen[layer.is_sliding])
+        x_BTH = layers[-1](x_BTH, seen[layers[-1].is_sliding], places_BK)
+        cache.length += num_new
+        return self.model.norm(x_BTH)
 
     def extend_to_last(self, x_BTH: mx.array, cache: KVCache) -> mx.array:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
         last_B1 = mx.full((x_BTH.shape[0], 1), x_BTH.shape[1] - 1)
-        with last_layer_at(self.model.layers, last_B1):
-            return self.extend(x_BTH, cache)[:, -1]
+        return self.extend(x_BTH, cache, last_B1)[:, 0]
 
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
         return cache.select(rows)
+
+    def _seen(self, num_new: int, cache: KVCache, is_sliding: bool) -> Seen:
+        offset = cache.length - cache.left_padding if cache.is_padded else cache.length
+        window = self.sliding_window if is_sliding else None
+        if cache.is_plain and num_new <= (window or num_new):
+            return Seen(cache, offset, num_new, "causal")
+        seen_B1TS = cache.mask(num_new)
+        if window is not None:
+            queries, keys = mx.arange(cache.length, cache.length + num_new), mx.arange(seen_B1TS.shape[-1])
+            seen_B1TS = seen_B1TS & (queries[:, None] - keys < window)
+        return Seen(cache, offset, num_new, seen_B1TS)
 
 
 class PretrainedModel(LanguageModel):
@@ -235,32 +247,11 @@ def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     return np.array(dense_weight(layer))
 
 
-class _LayerCache:
-    """One layer of a `KVCache`, in the words of mlx-lm's attention."""
-
-    def __init__(self, cache: KVCache, layer: int) -> None:
-        self.cache, self.layer = cache, layer
-
-    @property
-    def offset(self) -> mx.array:
-        """Position of the next token in each row (B,), negative in the padding."""
-        return self.cache.length - self.cache.left_padding
-
-    def update_and_fetch(self, k_BKTD: mx.array, v_BKTD: mx.array) -> tuple[mx.array, mx.array]:
-        return self.cache.append(self.layer, k_BKTD, v_BKTD)
-
-    def make_mask(self, num_new: int, window_size: int | None = None, return_array: bool = True) -> mx.array:
-        mask_B1TS = self.cache.mask(num_new)
-        if window_size is None:
-            return mask_B1TS
-        queries, keys = mx.arange(self.cache.length, self.cache.length + num_new), mx.arange(mask_B1TS.shape[-1])
-        return mask_B1TS & (queries[:, None] - keys < window_size)
-
-
 def _build(config: dict[str, Any]) -> Any:
-    """mlx-lm's model for a configuration; its random weights are lazy and never computed."""
+    """mlx-lm's model with our blocks; its random weights are lazy and never computed."""
     module = _mlx_lm_module({"mistral": "llama"}.get(config["model_type"], config["model_type"]))
     causal_lm = module.Model(module.ModelArgs.from_dict(config))
+    causal_lm.model.layers = [Block(layer, i) for i, layer in enumerate(causal_lm.model.layers)]
     for layer in causal_lm.model.layers:
         if isinstance(layer.self_attn.rope, nn.RoPE):
             layer.self_attn.rope = _RoPE(layer.self_attn.rope)
