@@ -41,5 +41,7 @@ def performance_conflicts(config: "RunConfig") -> Iterator[Conflict]:
         message = "given on; a sharded model gathers its layers one by one, which is not compiled: give auto or off"
         yield Conflict(("performance.compile", "performance.shard"), message)
     if given.shard and optimizer in WHOLE_MATRICES:
-        message = f"given true; {optimizer} needs whole matrices, and no process has them: take adamw, or set it to false"
+        message = (
+            f"given true; {optimizer} needs whole matrices, and no process has them: take adamw, or set it to false"
+        )
         yield Conflict(("performance.shard", "training.optimizer"), message)

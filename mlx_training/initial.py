@@ -10,8 +10,8 @@ from mlx_training.adapters import Adapter, check_adapter, is_adapter, kept_adapt
 from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import STEP_DIRECTORY
 from mlx_training.errors import CheckpointError
-from mlx_training.init import initialise
 from mlx_training.huggingface import check_same_model, read_huggingface
+from mlx_training.init import initialise
 from mlx_training.opentslm import read_opentslm
 from mlx_training.spec import PretrainedSpec, Spec
 

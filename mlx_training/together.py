@@ -70,7 +70,7 @@ def share(group: Group, value: Any) -> Any:
 
 
 def share_arrays(group: Group, arrays: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-    """Process 0's arrays, which have these shapes, in every process: one message an array, so that none is held twice."""
+    """Process 0's arrays, which have these shapes, in every process. One message an array: none is held twice."""
     if group.size == 1:
         return arrays
     return {

@@ -49,7 +49,9 @@ class Step:
         self.names = list(optim.state_shapes(spec))
         self.state: dict[str, State] = {
             name: {
-                key: torch.zeros(p.shape if self.is_sharded else shape, device=p.device)  # element by element, if sharded
+                key: torch.zeros(
+                    p.shape if self.is_sharded else shape, device=p.device
+                )  # element by element, if sharded
                 for key, shape in optim.state(self.table[name]).items()
             }
             for name, p in self.parameters.items()
@@ -105,7 +107,7 @@ class Step:
 
     def _compiled(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self._num_graphs += 1
-        return inductor(graph, inputs)
+        return _inductor(graph, inputs)
 
     @torch.no_grad()
     def _update(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
@@ -177,7 +179,7 @@ class Step:
                 array.copy_(own_part(torch.from_numpy(arrays[f"{name}.{key}"]), self.leaves[name]))
 
 
-def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """PyTorch's compiler, with the dropout masks that are drawn without it."""
     from torch._inductor.compile_fx import compile_fx
 

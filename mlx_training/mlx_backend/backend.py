@@ -53,8 +53,8 @@ class Backend:
     def build(self, spec: Spec) -> LanguageModel:
         if self.runtime.shard and self.group.size > 1:
             raise BackendError(
-                f"performance.shard: given true for {self.group.size} processes of MLX, which cannot share out a model; "
-                "set it to false, or use --backend torch and torchrun"
+                f"performance.shard: given true for {self.group.size} processes of MLX, which cannot share out a "
+                "model; set it to false, or use --backend torch and torchrun"
             )
         model: LanguageModel
         if isinstance(spec, PretrainedSpec):

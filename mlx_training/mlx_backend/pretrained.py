@@ -259,8 +259,9 @@ def _build(config: dict[str, Any]) -> Any:
 
 
 def _mlx_lm_module(name: str) -> ModuleType:
-    """A module of `mlx_lm.models` without the package's own imports, which load transformers, and torch if there is one,
-    for seconds, and lower the process's limit of open files.
+    """A module of `mlx_lm.models` without the package's own imports.
+
+    They load transformers, and torch if there is one, for seconds, and lower the process's limit of open files.
     """
     is_imported, spec = "mlx_lm" in sys.modules, importlib.util.find_spec("mlx_lm")
     if not is_imported and spec is not None:

@@ -48,10 +48,12 @@ class Step:
         }
         self.taken = mx.array(0.0)
         self._num_traces = 0
-        functions = (self._gradients, self._update, self._whole)
-        self._compiled_gradients, self._compiled_update, self._compiled_whole = (
-            mx.compile(self._counted(f), mx.random.state, mx.random.state) if compiles else f for f in functions
-        )
+
+        def prepared(f: Callable[..., Any]) -> Callable[..., Any]:
+            return mx.compile(self._counted(f), mx.random.state, mx.random.state) if compiles else f
+
+        self._compiled_gradients, self._compiled_update = prepared(self._gradients), prepared(self._update)
+        self._compiled_whole = prepared(self._whole)
 
     @property
     def num_compilations(self) -> int:

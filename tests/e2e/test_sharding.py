@@ -25,7 +25,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "evaluation.samples={prompts: [The series], every_steps: 6, max_new_tokens: 8}",
     ),
     "untied": ("model.decoder.tie_word_embeddings=false", "model.decoder.positions=learned", "training.optimizer=lion"),
-    "experts": ("model.decoder.experts={num_experts: 3, balance: 0}", "training.optimizer=sgd", "training.momentum=0.9"),
+    "experts": (
+        "model.decoder.experts={num_experts: 3, balance: 0}",
+        "training.optimizer=sgd",
+        "training.momentum=0.9",
+    ),
     "sinks": ("model.decoder.num_sinks=3", "model.decoder.mixers=[local, causal]", "model.decoder.window=4"),
     "unet": ("model.decoder.num_layers=3", "model.decoder.widths=[16, 8, 16]"),
     "recurrent": ("model.recurrent.tie_word_embeddings=true",),
@@ -91,71 +95,9 @@ def test_all_diverge_together(decoder: Workbench) -> None:
     assert "2 updates in a row were skipped. First not finite: the output of" in said, said
 
 
-WORKER = """
-import numpy as np, torch
-from mlx_training import backend as backends
-from mlx_training.backend import Optim, Runtime
-from mlx_training.data.batch import Batch
-from mlx_training.init import initialise
-from mlx_training.objectives.lm import lm
-from mlx_training.spec import DecoderSpec
-from torch_backend.sharding import own
-
-spec = DecoderSpec(61, 16, 24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, context_length=16)
-optim = Optim(weight_decay=0.1, grad_clip_norm=0.5)
-rng = np.random.default_rng(0)
-
-def batch(mask):
-    tokens, targets = rng.integers(0, 61, (2, 3, 12), dtype=np.int32)
-    return Batch(tokens, targets, np.full((3, 12), mask, np.float32), np.full(3, 12, np.int32), rows=(0, 1, 2))
-
-batches = [batch(1), batch(0)]  # the second process has rows that do not count
-prompts = Batch(batches[0].tokens, batches[0].targets, batches[0].mask, np.array([12, 7, 9], np.int32))
-
-def trained(group_of_all, shard):
-    backend = backends.get("torch", Runtime(device="cpu", shard=shard))
-    if group_of_all:
-        backend.group.join()
-    model = backend.build(spec)
-    session = backend.session(model).prefill(prompts)  # before any forward pass
-    backend.load(model, initialise(spec, 0))
-    step = backend.make_step(model, lm, optim, seed=0)
-    mine = [batches[backend.group.rank]] if group_of_all else batches
-    metrics = [step(mine, step=i, lr=dict.fromkeys(spec.groups, 1e-2), probe=i == 3) for i in (1, 2, 3)]
-    probe = metrics[2].pop("probe")
-    session = backend.session(model)
-    logits = [session.prefill(prompts), session.extend(np.array([1, 2, 3]))]
-    held = sum(own(p).numel() for p in model.parameters()), sum(x.numel() for s in step.state.values() for x in s.values())
-    arrays, state = backend.export(model), step.export()
-    gradients = backend.gradients(model, lm, batches[0])
-    again = backend.export(model)
-    assert all((again[n] == a).all() for n, a in arrays.items())
-    return backend, [{k: float(v) for k, v in m.items()} for m in metrics], probe, logits, held, arrays, state, gradients
-
-backend, metrics, probe, logits, held, arrays, state, gradients = trained(True, True)
-_, *one = trained(False, False)
-def near(a, b, what):
-    assert np.allclose(a, b, rtol=2e-5, atol=1e-6), (what, a, b)
-for a, b in zip(metrics, one[0], strict=True):
-    for name in a: near(a[name], b[name], name)
-for name, figures in one[1].items():
-    for key, value in figures.items(): near(probe[name][key], value, (name, key))
-for a, b in zip(logits, one[2], strict=True): near(a, b, "logits")
-assert bool(arrays) == bool(gradients) == (backend.group.rank == 0)
-for name, a in arrays.items(): near(a, one[4][name], name)
-if backend.group.rank == 0:
-    for name, a in state.items(): near(a, one[5][name], name)
-    for name, a in gradients.items(): near(a, 2 * one[6][name], name)  # of both processes, which asked for the same rows
-print(f"held by {backend.group.rank}:", *(a / b for a, b in zip(held, one[3], strict=True)), flush=True)
-backend.group.leave()
-"""
-
-
 def test_each_process_holds_half(decoder: Workbench) -> None:
     """Steps, figures of a probe, gradients, generation and what is saved are those of one process."""
-    worker = decoder.folder / "worker.py"
-    worker.write_text(WORKER)
-    code, said = run([*TORCHRUN, worker])
+    code, said = run([*TORCHRUN, Path(__file__).with_name("sharding_worker.py")])
     assert code == 0, said
     for rank in "01":
         shares = said.partition(f"held by {rank}: ")[2].split()[:2]

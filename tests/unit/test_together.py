@@ -11,7 +11,7 @@ import pytest
 
 from mlx_training.config import load_config
 from mlx_training.errors import ConfigError, DivergedError
-from mlx_training.together import diverging_together, expect_alike, gather, share, share_start
+from mlx_training.together import diverging_together, expect_alike, gather, share, share_arrays
 
 
 class Thread:
@@ -45,16 +45,15 @@ def test_everybody_hears_everybody_and_all_hear_the_first() -> None:
 
 
 def test_all_start_as_the_first() -> None:
-    def start(group: Thread) -> list[np.ndarray]:
-        arrays = {"a": np.full((2, 3), group.rank + 0.5, np.float32), "step": np.float32(group.rank + 7)}
-        loaded: list[dict[str, np.ndarray]] = []
-        side = SimpleNamespace(export=lambda *_: arrays, load=lambda *given: loaded.append(given[-1]))
-        share_start(group, side, None, side)  # type: ignore[arg-type]
-        assert [x.shape for x in loaded[0].values()] == [(2, 3), ()]
-        return [x for given in loaded for x in given.values()]
+    """Whatever the others have: arrays of their own, or none."""
+
+    def start(group: Thread) -> dict[str, np.ndarray]:
+        own = {"a": np.full((2, 3), group.rank + 0.5, np.float32), "step": np.asarray(group.rank + 7, np.float32)}
+        return share_arrays(group, own if group.rank < 2 else {}, {"a": (2, 3), "step": ()})  # type: ignore[arg-type]
 
     for found in three(start):
-        assert [x.ravel()[0] for x in found] == [0.5, 7.0, 0.5, 7.0]
+        assert {name: x.shape for name, x in found.items()} == {"a": (2, 3), "step": ()}
+        assert (found["a"] == 0.5).all() and found["step"] == 7
 
 
 def test_what_differs_is_named() -> None:
