@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ def train_locked(
     step = backend.make_step(model, objective, config.optim, seed=config.experiment.seed)
     if checkpoint:
         parameters, state = checkpoint.model, checkpoint.optimizer
+        checkpoint = replace(checkpoint, model={}, optimizer={})  # so that nothing keeps what is loaded
     else:  # process 0's alone are looked at
         source, built = config.training.init_from, partial(backend.export, model)
         parameters, state = initial_parameters(assembly.spec, config.experiment.seed, source, built), {}
@@ -103,6 +104,7 @@ def train_locked(
     backend.load(model, share_arrays(group, parameters, shapes))
     if first:
         step.load(share_arrays(group, state, config.optim.state_shapes(assembly.spec)))
+    del parameters, state
     if not (checkpoint and store.holds(checkpoint.path)):
         set_aside(run / METRICS, run / EVENTS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
@@ -111,11 +113,11 @@ def train_locked(
         describe_run(run, assembly, backend.name)
     start = f"resumed from step {first} (saved by {checkpoint.state['backend']})" if checkpoint else "from step 0"
     start += ": nothing left to train" if is_over else ""
-    others = f", {group.size} processes" if group.size > 1 else ""
     size = f"{assembly.spec.num_parameters:,} trainable parameters"
+    size += f", {group.size} processes" if group.size > 1 else ""
     for note in notes(config.model, assembly.spec, assembly.data.tokenizer.vocab_size) if first == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    print(f"{run}: {backend.name} ({backend.runtime.device}), {size}{others}, {start}", file=sys.stderr)
+    print(f"{run}: {backend.name} ({backend.runtime.device}), {size}, {start}", file=sys.stderr)
 
     about = {
         "llm_sha256": llm_sha256(assembly.spec),
