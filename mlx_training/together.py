@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 from mlx_training.assemble import Assembly, llm_sha256
 from mlx_training.backend import Arrays, Backend, Group
 from mlx_training.config import RunConfig
-from mlx_training.errors import BackendError, ConfigError, DivergedError
+from mlx_training.errors import BackendError, ConfigError, DivergedError, ProcessLostError
 
+LOST = re.compile(r"\bgloo\b|\bnccl\b|connection (reset|closed)", re.IGNORECASE)
 LAUNCHERS = {"torch": ("torchrun", "TORCHELASTIC_RUN_ID"), "mlx": ("mlx.launch", "MLX_RANK")}
 
 
@@ -31,16 +33,28 @@ def joined(backend: Backend, config: RunConfig) -> Iterator[RunConfig]:
                 f"{name}, or start it with {LAUNCHERS[backend.name][0]}"
             )
     backend.group.join()
-    if backend.group.rank == 0:
-        yield config
-    else:
-        with (
-            TemporaryDirectory(prefix="mlx-training-") as folder,
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stderr(nowhere),
-        ):
-            yield _elsewhere(config, folder)
+    with _loss_of_others_explained(backend.group):
+        if backend.group.rank == 0:
+            yield config
+        else:
+            with (
+                TemporaryDirectory(prefix="mlx-training-") as folder,
+                open(os.devnull, "w") as nowhere,
+                contextlib.redirect_stderr(nowhere),
+            ):
+                yield _elsewhere(config, folder)
     backend.group.leave()
+
+
+@contextlib.contextmanager
+def _loss_of_others_explained(group: Group) -> Iterator[None]:
+    """ProcessLostError for what FSDP2's own messages raise; only their words tell them from other errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if group.size > 1 and LOST.search(str(error)):
+            raise ProcessLostError(group.rank, error) from error
+        raise
 
 
 def _elsewhere(config: RunConfig, folder: str) -> RunConfig:

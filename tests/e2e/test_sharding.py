@@ -88,6 +88,15 @@ def test_twenty_steps(decoder: Workbench, variant: str) -> None:
 
 
 @pytest.mark.proof
+def test_a_process_that_is_killed(decoder: Workbench) -> None:
+    """The other one says so, and the last checkpoint is whole."""
+    code, said = launch(decoder, *STEPS, SHARDED, moment="1 5", number=signal.SIGKILL)
+    assert code and "process 0 has lost another process of this job" in said, said
+    assert CheckpointStore(decoder.run).load("latest").step == 4
+    assert decoder.json("checkpoint", "verify", decoder.run)["ok"]
+
+
+@pytest.mark.proof
 def test_all_diverge_together(decoder: Workbench) -> None:
     wild = ("training.learning_rate=1e38", "training.schedule=constant", "diagnostics.max_skipped_steps=2")
     code, said = launch(decoder, *STEPS, *wild, SHARDED)
