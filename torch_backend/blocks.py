@@ -19,19 +19,22 @@ class Seen:
     """Where new tokens stand, and what they may look at."""
 
     cache: KVCache
+    num_new: int
     cos_BTD: Tensor
     sin_BTD: Tensor
-    mask: Tensor | str  # "causal", or what is added to the scores (B or 1, 1, T, S)
+    mask: Tensor | str | None  # None: everything; "causal"; or what is added to the scores (B or 1, 1, T, S)
 
     def at(self, places_BK: Tensor) -> "Seen":
         """The same of queries at some places."""
-        num_rows = len(places_BK)
+        num_rows, num_places = places_BK.shape
         cos, sin = (at_places(x.expand(num_rows, -1, -1), places_BK) for x in (self.cos_BTD, self.sin_BTD))
+        if self.mask is None:
+            return Seen(self.cache, num_places, cos, sin, None)
         if isinstance(self.mask, str):
-            keys = torch.arange(self.cos_BTD.shape[1], device=places_BK.device)
-            return Seen(self.cache, cos, sin, (keys <= places_BK[..., None])[:, None])
+            keys = torch.arange(self.num_new, device=places_BK.device)
+            return Seen(self.cache, num_places, cos, sin, (keys <= places_BK[..., None])[:, None])
         mask_BTS = self.mask.expand(num_rows, -1, -1, -1)[:, 0]
-        return Seen(self.cache, cos, sin, at_places(mask_BTS, places_BK)[:, None])
+        return Seen(self.cache, num_places, cos, sin, at_places(mask_BTS, places_BK)[:, None])
 
 
 class Attention(nn.Module):
@@ -43,18 +46,22 @@ class Attention(nn.Module):
         self.head_dim: int = parts.head_dim
         self.scale: float = parts.scaling
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = parts.q_proj, parts.k_proj, parts.v_proj, parts.o_proj
-        has_norms = hasattr(parts, "q_norm")
-        self.q_norm, self.k_norm = (parts.q_norm, parts.k_norm) if has_norms else (None, None)
+        self.q_norm: nn.Module | None = getattr(parts, "q_norm", None)
+        self.k_norm: nn.Module | None = getattr(parts, "k_norm", None)
 
     def forward(self, x_BTH: Tensor, seen: Seen, places_BK: Tensor | None = None) -> Tensor:
         """Of all places (B, T, H), or of some (B, K, H); their keys and values join the cache."""
-        k_BNTD = self._rotated(self._heads(self.k_proj, x_BTH), self.k_norm, seen)
-        k_BNSD, v_BNSD = seen.cache.append(self.layer, k_BNTD, self._heads(self.v_proj, x_BTH))
+        k_BNSD, v_BNSD = self.remember(x_BTH, seen)
         if places_BK is not None:
             x_BTH, seen = at_places(x_BTH, places_BK), seen.at(places_BK)
         q_BNTD = self._rotated(self._heads(self.q_proj, x_BTH), self.q_norm, seen)
         out_BNTD = attention(q_BNTD, k_BNSD, v_BNSD, seen.mask, self.scale)
         return self.o_proj(out_BNTD.transpose(1, 2).flatten(2))
+
+    def remember(self, x_BTH: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Keys and values so far (B, N, S, D); the new ones join the cache."""
+        k_BNTD = self._rotated(self._heads(self.k_proj, x_BTH), self.k_norm, seen)
+        return seen.cache.append(self.layer, k_BNTD, self._heads(self.v_proj, x_BTH))
 
     def _heads(self, project: nn.Module, x_BTH: Tensor) -> Tensor:
         return project(x_BTH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -89,6 +96,10 @@ class Block(nn.Module):
             return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
         x_BTH = x_BTH + self.post_attention_layernorm(change)
         return x_BTH + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTH)))
+
+    def remember(self, x_BTH: Tensor, seen: Seen) -> None:
+        """Keys and values join the cache, and nothing else is computed."""
+        self.self_attn.remember(self.input_layernorm(x_BTH), seen)
 
 
 def at_places(x_BTx: Tensor, places_BK: Tensor) -> Tensor:

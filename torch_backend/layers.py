@@ -123,11 +123,6 @@ class KVCache:
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is empty and no row is padded: what comes first needs no other mask than the causal one."""
-        return self.length == 0 and not self.is_padded
-
     def positions(self, num_new: int, *, of_keys: bool = False) -> Tensor:
         """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding.
 

@@ -76,18 +76,21 @@ class PretrainedLM(nn.Module):
 
     def extend(self, x_BTH: Tensor, cache: KVCache, places_BK: Tensor | None = None) -> Tensor:
         """Hidden states of new tokens (B, T, H), or of some of them (B, K, H), after those in the cache; it grows."""
-        num_new, layers = x_BTH.shape[1], self.model.layers
-        seen = {
-            is_sliding: self._seen(x_BTH, cache, is_sliding) for is_sliding in {layer.is_sliding for layer in layers}
-        }
-        for layer in layers[:-1]:
-            x_BTH = layer(x_BTH, seen[layer.is_sliding])
-        x_BTH = layers[-1](x_BTH, seen[layers[-1].is_sliding], places_BK)
-        cache.length += num_new
+        x_BTH, seen = self._before_last(x_BTH, cache)
+        x_BTH = self.model.layers[-1](x_BTH, seen, places_BK)
+        cache.length += seen.num_new
         return self.model.norm(x_BTH)
+
+    def remember(self, x_BTH: Tensor, cache: KVCache) -> None:
+        """Keys and values of new tokens join the cache; no hidden states of the last layer are computed."""
+        x_BTH, seen = self._before_last(x_BTH, cache)
+        self.model.layers[-1].remember(x_BTH, seen)
+        cache.length += seen.num_new
 
     def extend_to_last(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
+        if x_BTH.shape[1] == 1:
+            return self.extend(x_BTH, cache)[:, 0]
         last_B1 = x_BTH.new_full((len(x_BTH), 1), x_BTH.shape[1] - 1, dtype=torch.long)
         return self.extend(x_BTH, cache, last_B1)[:, 0]
 
@@ -103,20 +106,30 @@ class PretrainedLM(nn.Module):
                 module.train(mode)
         return self
 
+    def _before_last(self, x_BTH: Tensor, cache: KVCache) -> tuple[Tensor, Seen]:
+        """What the last layer reads (B, T, H), and what it may look at."""
+        layers = self.model.layers
+        seen = {kind: self._seen(x_BTH, cache, kind) for kind in {layer.is_sliding for layer in layers}}
+        for layer in layers[:-1]:
+            x_BTH = layer(x_BTH, seen[layer.is_sliding])
+        return x_BTH, seen[layers[-1].is_sliding]
+
     def _seen(self, x_BTH: Tensor, cache: KVCache, is_sliding: bool) -> Seen:
         num_new = x_BTH.shape[1]
         kind = ("sliding_attention" if is_sliding else "full_attention",) if self.sliding_window else ()
         positions_BT = cache.positions(num_new).to(x_BTH.device)
         cos_BTD, sin_BTD = self.model.rotary_emb(x_BTH, positions_BT, *kind)  # Gemma has two kinds of layers
         window = self.sliding_window if is_sliding else None
-        if cache.is_plain and num_new <= (window or num_new):
-            return Seen(cache, cos_BTD, sin_BTD, "causal")
+        if cache.length == 0 and not cache.is_padded and num_new <= (window or num_new):
+            return Seen(cache, num_new, cos_BTD, sin_BTD, "causal")
+        if num_new == 1 and not cache.is_padded and window is None:
+            return Seen(cache, num_new, cos_BTD, sin_BTD, None)
         seen_B1TS = cache.mask(num_new)
         if window is not None:
             queries, keys = torch.arange(cache.length, cache.length + num_new), torch.arange(seen_B1TS.shape[-1])
             seen_B1TS = seen_B1TS & (queries[:, None] - keys < window)
         added = torch.zeros(seen_B1TS.shape, dtype=x_BTH.dtype).masked_fill_(~seen_B1TS, -torch.inf)
-        return Seen(cache, cos_BTD, sin_BTD, added.to(x_BTH.device))
+        return Seen(cache, num_new, cos_BTD, sin_BTD, added.to(x_BTH.device))
 
 
 class PretrainedModel(LanguageModel):
@@ -160,8 +173,8 @@ class PretrainedModel(LanguageModel):
         num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = torch.from_numpy(tokens[:, num_known:]).long().to(self.lm.model.norm.weight.device)
-        self.lm.extend_to_last(self.lm.embed(new), cache)  # of the last layer keys and values do
-        return torch.stack([torch.stack(cache.keys), torch.stack(cache.values)])
+        self.lm.remember(self.lm.embed(new), cache)
+        return torch.stack([*cache.keys, *cache.values]).unflatten(0, (2, -1))
 
     def label_logits(self, batch: Batch) -> Tensor:
         """Logits at the label places. What stands before the series and at no label is computed where it must be."""

@@ -85,9 +85,8 @@ class Step:
             norm = square.sqrt()
         norm = norm / weight
         skipped = 1 - (loss.isfinite() & norm.isfinite()).float()
-        before = (
-            [_before(p, g / weight) for p, g in zip(self.parameters.values(), gradients, strict=True)] if probe else []
-        )
+        pairs = zip(self.parameters.values(), gradients, strict=True) if probe else ()
+        before = [_before(p, g / weight) for p, g in pairs]
         limit = self.optim.grad_clip_norm
         factor = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor / weight)  # the mean, clipped, in one pass

@@ -28,7 +28,8 @@ class Seen:
         num_rows, num_places = places_BK.shape
         offset = places_BK[:, 0] + self.offset
         if isinstance(self.mask, str):
-            mask_B1KS = (mx.arange(self.num_new) <= places_BK[..., None])[:, None]
+            num_before = self.cache.length  # "causal" is said of rows without padding only
+            mask_B1KS = (mx.arange(num_before + self.num_new) <= num_before + places_BK[..., None])[:, None]
         else:
             mask_BTS = mx.broadcast_to(self.mask[:, 0], (num_rows, *self.mask.shape[2:]))
             mask_B1KS = at_places(mask_BTS, places_BK)[:, None]
@@ -51,13 +52,17 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTH: mx.array, seen: Seen, places_BK: mx.array | None = None) -> mx.array:
         """Of all places (B, T, H), or of some (B, K, H); their keys and values join the cache."""
-        k_BNTD = self._rotated(self._heads(self.k_proj, x_BTH, self.num_kv_heads), "k_norm", seen)
-        k_BNSD, v_BNSD = seen.cache.append(self.layer, k_BNTD, self._heads(self.v_proj, x_BTH, self.num_kv_heads))
+        k_BNSD, v_BNSD = self.remember(x_BTH, seen)
         if places_BK is not None:
             x_BTH, seen = at_places(x_BTH, places_BK), seen.at(places_BK)
         q_BNTD = self._rotated(self._heads(self.q_proj, x_BTH, self.num_heads), "q_norm", seen)
         out_BNTD = attention(q_BNTD, k_BNSD, v_BNSD, seen.mask, self.scale)
         return self.o_proj(out_BNTD.swapaxes(1, 2).flatten(2))
+
+    def remember(self, x_BTH: mx.array, seen: Seen) -> tuple[mx.array, mx.array]:
+        """Keys and values so far (B, N, S, D); the new ones join the cache."""
+        k_BNTD = self._rotated(self._heads(self.k_proj, x_BTH, self.num_kv_heads), "k_norm", seen)
+        return seen.cache.append(self.layer, k_BNTD, self._heads(self.v_proj, x_BTH, self.num_kv_heads))
 
     def _heads(self, project: nn.Module, x_BTH: mx.array, num_heads: int) -> mx.array:
         return project(x_BTH).reshape(*x_BTH.shape[:2], num_heads, -1).swapaxes(1, 2)
@@ -89,6 +94,10 @@ class Block(nn.Module):
             return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
         x_BTH = x_BTH + self.post_attention_layernorm(change)
         return x_BTH + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTH)))
+
+    def remember(self, x_BTH: mx.array, seen: Seen) -> None:
+        """Keys and values join the cache, and nothing else is computed."""
+        self.self_attn.remember(self.input_layernorm(x_BTH), seen)
 
 
 def at_places(x_BTx: mx.array, places_BK: mx.array) -> mx.array:

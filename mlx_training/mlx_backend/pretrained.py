@@ -73,18 +73,21 @@ class PretrainedLM(nn.Module):
 
     def extend(self, x_BTH: mx.array, cache: KVCache, places_BK: mx.array | None = None) -> mx.array:
         """Hidden states of new tokens (B, T, H), or of some of them (B, K, H), after those in the cache; it grows."""
-        num_new, layers = x_BTH.shape[1], self.model.layers
-        seen = {
-            is_sliding: self._seen(num_new, cache, is_sliding) for is_sliding in {layer.is_sliding for layer in layers}
-        }
-        for layer in layers[:-1]:
-            x_BTH = layer(x_BTH, seen[layer.is_sliding])
-        x_BTH = layers[-1](x_BTH, seen[layers[-1].is_sliding], places_BK)
-        cache.length += num_new
+        x_BTH, seen = self._before_last(x_BTH, cache)
+        x_BTH = self.model.layers[-1](x_BTH, seen, places_BK)
+        cache.length += seen.num_new
         return self.model.norm(x_BTH)
+
+    def remember(self, x_BTH: mx.array, cache: KVCache) -> None:
+        """Keys and values of new tokens join the cache; no hidden states of the last layer are computed."""
+        x_BTH, seen = self._before_last(x_BTH, cache)
+        self.model.layers[-1].remember(x_BTH, seen)
+        cache.length += seen.num_new
 
     def extend_to_last(self, x_BTH: mx.array, cache: KVCache) -> mx.array:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
+        if x_BTH.shape[1] == 1:
+            return self.extend(x_BTH, cache)[:, 0]
         last_B1 = mx.full((x_BTH.shape[0], 1), x_BTH.shape[1] - 1)
         return self.extend(x_BTH, cache, last_B1)[:, 0]
 
@@ -92,11 +95,20 @@ class PretrainedLM(nn.Module):
         """A copy of these rows of a cache."""
         return cache.select(rows)
 
+    def _before_last(self, x_BTH: mx.array, cache: KVCache) -> tuple[mx.array, Seen]:
+        """What the last layer reads (B, T, H), and what it may look at."""
+        layers = self.model.layers
+        seen = {kind: self._seen(x_BTH.shape[1], cache, kind) for kind in {layer.is_sliding for layer in layers}}
+        for layer in layers[:-1]:
+            x_BTH = layer(x_BTH, seen[layer.is_sliding])
+        return x_BTH, seen[layers[-1].is_sliding]
+
     def _seen(self, num_new: int, cache: KVCache, is_sliding: bool) -> Seen:
         offset = cache.length - cache.left_padding if cache.is_padded else cache.length
         window = self.sliding_window if is_sliding else None
-        if cache.is_plain and num_new <= (window or num_new):
-            return Seen(cache, offset, num_new, "causal")
+        total = cache.length + num_new
+        if not cache.is_padded and total <= (window or total):
+            return Seen(cache, offset, num_new, "causal")  # MLX aligns it with the last key
         seen_B1TS = cache.mask(num_new)
         if window is not None:
             queries, keys = mx.arange(cache.length, cache.length + num_new), mx.arange(seen_B1TS.shape[-1])
@@ -144,8 +156,8 @@ class PretrainedModel(LanguageModel):
         num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = mx.array(tokens[:, num_known:])
-        self.lm.extend_to_last(self.lm.embed(new), cache)  # of the last layer keys and values do
-        return mx.stack([mx.stack(cache.keys), mx.stack(cache.values)])
+        self.lm.remember(self.lm.embed(new), cache)
+        return mx.unflatten(mx.stack([*cache.keys, *cache.values]), 0, (2, -1))
 
     def label_logits(self, batch: Batch) -> mx.array:
         """Logits at the label places. What stands before the series and at no label is computed where it must be."""
