@@ -33,7 +33,8 @@ def lora(bench: "Bench") -> list[Measured | Listing]:
                 sides = {f"ours ({backend})": ("ours:lora", options | {"backend": backend}), name: (function, options)}
                 one = bench.compare(f"rate {rate:g}, seed {seed}", sides, repetitions=1, steps=1, warm_up=0)
                 for side, (sample,) in one.samples.items():
-                    whole.samples.setdefault(side, []).append(sample | {"rate": rate, "seed": seed})
+                    sample |= {"rate": rate, "seed": seed, "held_out": sample.pop("loss")}
+                    whole.samples.setdefault(side, []).append(sample)
                 whole.absent |= one.absent
         found += [whole, losses(backend, whole.samples)]
         print("\n".join(line for result in found[-2:] for line in result.lines()), flush=True)
@@ -43,11 +44,11 @@ def lora(bench: "Bench") -> list[Measured | Listing]:
 def losses(backend: str, samples: Mapping[str, Sequence[Mapping[str, float]]]) -> Listing:
     """Held-out losses of every side by rate, and of all sides at the rate where their mean over seeds is least.
 
-    `samples`: side -> samples with rate, seed and loss; the first side is the one the others are compared with.
+    `samples`: side -> samples with rate, seed and held_out; the first side is the one the others are compared with.
     """
     by_rate: dict[str, dict[float, list[float]]] = {}
     for side, taken in samples.items():
-        by_rate[side] = {rate: [s["loss"] for s in taken if s["rate"] == rate] for rate in RATES}
+        by_rate[side] = {rate: [s["held_out"] for s in taken if s["rate"] == rate] for rate in RATES}
     said = [f"{'':24}" + "".join(f"{rate:>20g}" for rate in RATES)]
     for side, found in by_rate.items():
         cells = [f"{statistics.mean(x):.4f} ± {statistics.pstdev(x):.4f}" for x in found.values()]
