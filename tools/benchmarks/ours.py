@@ -129,7 +129,10 @@ def lora(
     batch_by: BatchBy = "tokens",
     **runtime: Any,
 ) -> Run:
-    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it."""
+    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it.
+
+    Gradients are clipped at 1, as they are unless `training.grad_clip_norm` says otherwise; so does HF's Trainer.
+    """
     directory = Path(llm)
     tokenizer = Tokenizer.load(directory)
     encode = PromptEncoder(tokenizer, 0).encode
@@ -139,7 +142,8 @@ def lora(
     info = describe_llm(directory)
     spec = PretrainedSpec(FrozenLM(directory, info.hidden_size, info.vocab_size), adapter=adapter)
     runtime = {"device": "cpu"} | runtime
-    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, Optim(), runtime, seed)
+    optim = Optim(grad_clip_norm=1.0)
+    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, optim, runtime, seed)
     return Epochs(training, batches.num_batches, [material.text_row(t) for t in held_out], encode)
 
 
