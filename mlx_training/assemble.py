@@ -62,8 +62,9 @@ class RowData:
     def train_batches(self) -> Batches[Row, Encoded]:
         """Training micro-batches by index."""
         cache = self.config.dataset.format != "questions"
-        size, seed = self.config.training.batch_size, self.config.experiment.seed
-        return Batches(self.rows("train"), self.encode, size, seed, collate, cache=cache)
+        training, seed = self.config.training, self.config.experiment.seed
+        rows, size, by = self.rows("train"), training.batch_size, training.batch_by
+        return Batches(rows, self.encode, size, seed, collate, batch_by=by, cache=cache)
 
     def eval_batches(self, split: str, batch_size: int, limit: int | None) -> Iterator[Batch]:
         """Every row of a split once (at most `limit`)."""

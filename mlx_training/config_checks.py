@@ -43,7 +43,7 @@ UNREAD = {
     "timeseries": ROWS,
     "corpus": ("dataset.sources", "dataset.cache_dir"),
     "language": (  # every family on text
-        *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length"),
+        *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length", "training.batch_by"),
         *("evaluation.max_new_tokens", "evaluation.save_predictions"),
     ),
     "pretrained": (*ROWS, "dataset.normalize", "dataset.stats_in_text", "model.context_length"),  # on rows

@@ -16,6 +16,8 @@ class Training(Section):
     """Passes over the training rows."""
     batch_size: Count = 8
     """Rows per micro-batch."""
+    batch_by: Literal["rows", "tokens"] = "rows"
+    """tokens: rows of one length make batches of about equal tokens; batch_size is then the mean number of rows."""
     grad_accumulation_steps: Count = 1
     """Micro-batches per optimiser step."""
     objective: Literal["causal", "fill_in_the_middle", "masked"] = "causal"

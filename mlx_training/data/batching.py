@@ -2,9 +2,10 @@
 
 import queue
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from mlx_training.errors import DataError
 RowT = TypeVar("RowT")
 ItemT = TypeVar("ItemT", bound=Sized)
 ItemT_contra = TypeVar("ItemT_contra", bound=Sized, contravariant=True)
+BatchBy = Literal["rows", "tokens"]
+
+MIN_WINDOW_BATCHES, MIN_WINDOW_ROWS = 32, 512
 
 
 class Collate(Protocol[ItemT_contra]):
@@ -25,9 +29,10 @@ class Collate(Protocol[ItemT_contra]):
 class Batches(Generic[RowT, ItemT]):
     """Training batches by global index, over epochs.
 
-    An epoch is a permutation of the rows, cut into windows of `window` batches. Within a window rows are
-    sorted by length and cut into batches (little padding), and the batches are shuffled. Every row comes
-    once an epoch; the last window's longest batch may be short.
+    An epoch is a permutation of the rows, cut into windows of `window` batches (None: 32, or those of 512 rows if
+    that is more). Within a window rows are sorted by length and `cut` into batches of `batch_size` rows, or of about
+    equal tokens (`batch_by`), with little padding either way, and the batches are shuffled. Every row comes once an
+    epoch.
 
     Of processes that train together each takes its `share` of every batch: rank r of n its rows r, r + n, ... One that
     is left without a row takes one that counts nothing.
@@ -43,7 +48,8 @@ class Batches(Generic[RowT, ItemT]):
         seed: int,
         collate: Collate[ItemT],
         *,
-        window: int = 32,
+        batch_by: BatchBy = "rows",
+        window: int | None = None,
         cache: bool = True,
     ) -> None:
         if batch_size > len(dataset):
@@ -56,7 +62,8 @@ class Batches(Generic[RowT, ItemT]):
         self.batch_size = batch_size
         self.seed = seed
         self.collate = collate
-        self.window = window
+        self.batch_by = batch_by
+        self.window = window or max(MIN_WINDOW_BATCHES, -(-MIN_WINDOW_ROWS // batch_size))
         self.share = 0, 1  # rank and number of processes
         self._cache: dict[int, ItemT] | None = {} if cache else None
         self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
@@ -96,7 +103,7 @@ class Batches(Generic[RowT, ItemT]):
         chosen = self._order[1][window * size : (window + 1) * size]
         items = [(row, self.item(row, epoch)) for row in chosen.tolist()]
         items.sort(key=lambda pair: len(pair[1]))
-        batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+        batches = [items[run] for run in cut([len(item) for _, item in items], self.batch_size, self.batch_by)]
         shuffled = np.random.default_rng([self.seed, epoch, 1 + window]).permutation(len(batches))
         return [batches[i] for i in shuffled]
 
@@ -142,6 +149,31 @@ class Batches(Generic[RowT, ItemT]):
         finally:
             closed.set()
             thread.join(timeout=10)
+
+
+def cut(lengths: Sequence[int], batch_size: int, batch_by: BatchBy) -> list[slice]:
+    """Rows sorted by length as ceil(rows / batch_size) runs, none empty.
+
+    rows: `batch_size` rows each, but for the last. tokens: as many rows as fit under a bound on rows times the longest
+    row, the lowest bound that makes no more runs than that, filled from the longest row down.
+    """
+    if batch_by == "rows":
+        return [slice(i, i + batch_size) for i in range(0, len(lengths), batch_size)]
+    num_runs = -(-len(lengths) // batch_size)
+
+    def under(bound: int) -> list[slice]:
+        runs: list[slice] = []
+        stop = len(lengths)
+        while stop:
+            fitting = max(bound // max(lengths[stop - 1], 1), 1)
+            others = max(num_runs - len(runs) - 1, 0)  # runs that need a row each
+            start = min(max(stop - fitting, others), stop - 1)
+            runs.append(slice(start, stop))
+            stop = start
+        return runs[::-1]
+
+    bounds = range(1, max(lengths[-1], 1) * len(lengths) + 1)
+    return under(bounds[bisect_left(bounds, True, key=lambda bound: len(under(bound)) <= num_runs)])
 
 
 def eval_batches(

@@ -26,6 +26,7 @@ from mlx_training.config import RunConfig
 from mlx_training.config_checks import GENERATED, TEXT
 from mlx_training.config_model import LanguageConfig, PretrainedConfig, TimeSeriesConfig
 from mlx_training.data.batch import Batch
+from mlx_training.data.batching import cut
 from mlx_training.data.collate import collate
 from mlx_training.data.masking import num_chosen
 from mlx_training.data.series import round_up
@@ -74,7 +75,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     accumulation = config.training.grad_accumulation_steps
     places = batch.rows * batch.tokens
     chosen = _chosen_backend(config)
-    names = [chosen, *(name for name in installed_backends() if name != chosen)]
+    names = dict.fromkeys([chosen, *installed_backends()])
     memory = {name: _memory(config, spec, lm, batch, name, frozen) for name in names}
     return {
         "config": config.experiment.name,
@@ -99,11 +100,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def bytes_needed(config: RunConfig, spec: Spec, batch: Batch, backend: str) -> int:
-    """Memory of a run beside the framework itself, on micro-batches of the configured size and this batch's lengths."""
+def bytes_needed(config: RunConfig, spec: Spec, batch: Batch, batch_size: int, backend: str) -> int:
+    """Memory of a run beside the framework itself, on batches as configured; `batch` is one of another `batch_size`."""
     llm_config = frozen_config(spec)
-    seen, rows = batch_shape(batch, _patch_size(spec)), config.training.batch_size
-    whole = replace(seen, rows=rows, series=round(seen.series * rows / seen.rows))
+    seen, factor = batch_shape(batch, _patch_size(spec)), config.training.batch_size / batch_size
+    whole = replace(seen, rows=round(seen.rows * factor), series=round(seen.series * factor))
     whole = spared(whole, spec, config.performance)
     return _memory(config, spec, lm_shape(spec, llm_config), whole, backend, _frozen_tensors(spec, llm_config)).total
 
@@ -164,7 +165,7 @@ def _vocabulary(model: LanguageConfig) -> int:
 
 
 def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | None]:
-    """Steps, and the shape of the longest batch that the rows can make."""
+    """Steps, and the shape of the largest batch that the rows can make."""
     steps = config.training.max_steps
     if config.dataset.format in TEXT:  # windows have one length; text is read only to count them
         return (steps if steps is not None else plan_steps(assemble(config))[1]), None
@@ -173,11 +174,11 @@ def _from_data(config: RunConfig, spec: Spec) -> tuple[int | None, BatchShape | 
     data = assembly.data
     assert isinstance(data, RowData), "the configuration checks this"
     rows: Any = data.rows("train")
-    size = config.training.batch_size
-    chosen = range(0, len(rows), max(1, len(rows) // MAX_ROWS))
-    encoded = sorted((data.encode(rows[i]) for i in chosen), key=len)
-    batch = collate(encoded[-size:])
-    return steps, batch_shape(batch, _patch_size(spec))
+    size, by = config.training.batch_size, config.training.batch_by
+    encoded = sorted((data.encode(rows[i]) for i in range(0, len(rows), max(1, len(rows) // MAX_ROWS))), key=len)
+    runs = cut([*map(len, encoded)], size, by) if by == "tokens" else [slice(-size, None)]
+    shapes = (batch_shape(collate(encoded[run]), _patch_size(spec)) for run in runs)
+    return steps, max(shapes, key=lambda shape: shape.rows * shape.tokens)
 
 
 def _from_limits(config: RunConfig, spec: Spec) -> BatchShape:
@@ -282,8 +283,7 @@ def _seconds(
     config: RunConfig, spec: Spec, backend: str, flops: Flops, memory: Memory, steps: int | None
 ) -> dict[str, float | None] | None:
     """Seconds of a step and of all of them, or None where the framework cannot be measured."""
-    rates = machine.measure(backend, config.device, config.training.precision)
-    if rates is None:
+    if (rates := machine.measure(backend, config.device, config.training.precision)) is None:
         return None
     trained = FLOAT32 * spec.num_parameters
     traffic = 3 * (memory.activations + memory.logits) + 2 * (memory.weights - trained)

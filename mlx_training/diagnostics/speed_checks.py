@@ -22,8 +22,9 @@ def environment(exam: Exam) -> list[Finding]:
     figure += f"; Python {about['python']}, {about['cpus']} CPUs, {about['memory_gb']} GB"
     if config is None:
         return [passed(name, figure)]
-    longest = max(exam.batches, key=lambda batch: batch.tokens.size)
-    needed = bytes_needed(config, exam.subject.spec, longest, backend.name) / 2**30
+    largest, data = max(exam.batches, key=lambda batch: batch.tokens.size), exam.subject.data
+    examined = data.config.training.batch_size if data else config.training.batch_size
+    needed = bytes_needed(config, exam.subject.spec, largest, examined, backend.name) / 2**30
     figure += f", of which the plan needs {needed:.1f}"
     # an accelerator's own memory is not in this figure, unless it is the machine's (Apple silicon)
     shared = backend.runtime.device != "cuda"

@@ -125,7 +125,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
         rng.integers(-99, 99, 30).astype("<i2").tofile(record.with_suffix(".dat"))
     texts = [{"text": f"The {i} is less than {i + 1}.", "other": f"Then {i * i} follows."} for i in range(40)]
     write_objects(folder / "text.jsonl", texts)
-    tasks = [{"instruction": f"Add one to {i}.", "input": "", "output": f"That is {i + 1}."} for i in range(16)]
+    tasks = [
+        {"instruction": f"Add one to {i}. " * (1 + i % 3 * 3), "input": "", "output": f"That is {i + 1}."}
+        for i in range(16)
+    ]
     (folder / "tasks.json").write_text(json.dumps(tasks))
     (folder / "text.txt").write_text("---".join(text["text"] for text in texts))
     (folder / "other.txt").write_text("---".join(text["other"] for text in texts))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import numpy as np
 import pytest
 
 from mlx_training import evaluate, tracking, trainer
+from mlx_training.assemble import assemble
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import load_config
+from mlx_training.data.rows import write_rows
 from mlx_training.errors import CheckpointError, ConfigError, DivergedError
+from tests.e2e.tiny import rows
 from tests.e2e.workbench import CONFIG, DATA, Workbench, contents, metrics
 
 
@@ -75,6 +79,21 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(
     assert {k: v for k, v in resumed.items() if k not in ("run", "seconds")} == {
         k: v for k, v in whole.items() if k not in ("run", "seconds")
     }
+
+
+def test_batches_by_tokens_go_on_in_the_middle_of_an_epoch(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged = [replace(row, pre_prompt="Trend? " * (1 + i % 9)) for i, row in enumerate(rows(32))]
+    write_rows(tiny.data, ragged)
+    overrides = (*EIGHT, "training.batch_by=tokens", "training.batch_size=3")  # three steps an epoch
+    batches = assemble(load_config(tiny.config, overrides)).data.train_batches()
+    assert {len(batches.batch(i).rows) for i in range(6)} > {2}
+    tiny.train(*overrides, "output_dir=whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        assert tiny.main("train", tiny.config, *overrides)[0] == 130
+    tiny.train(*overrides, "--resume", "auto")
+    expected, found = state(Path("whole")), state(tiny.run)
+    assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("late", "saved"), [(3, 4), (8, 8)])

@@ -4,12 +4,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
 from mlx_training.data.batch import Batch
-from mlx_training.data.batching import Batches, eval_batches
+from mlx_training.data.batching import BatchBy, Batches, cut, eval_batches
 from mlx_training.errors import DataError
 
 DATASET = [np.arange(n) for n in np.random.default_rng(0).integers(1, 60, 50)]
@@ -25,16 +26,18 @@ def batches(seed: int = 1, batch_size: int = 4, **options: object) -> Batches:
     return Batches(DATASET, lambda item: item, batch_size, seed, collate, **{"window": 3, **options})  # type: ignore[arg-type]
 
 
-def test_a_batch_is_a_pure_function_of_seed_and_index() -> None:
-    whole = batches()
+@pytest.mark.parametrize("by", ["rows", "tokens"])
+def test_a_batch_is_a_pure_function_of_seed_and_index(by: BatchBy) -> None:
+    whole = batches(batch_by=by)
     rows = [whole.batch(i).rows for i in range(2 * whole.num_batches)]
     for i in (20, 3, 25, 0, 12):
-        assert batches(cache=False).batch(i).rows == rows[i]
-    assert [batches(seed=2).batch(i).rows for i in range(13)] != rows[:13]
+        assert batches(cache=False, batch_by=by).batch(i).rows == rows[i]
+    assert [batches(seed=2, batch_by=by).batch(i).rows for i in range(13)] != rows[:13]
 
 
-def test_every_row_comes_once_an_epoch_in_another_order() -> None:
-    data = batches()
+@pytest.mark.parametrize("by", ["rows", "tokens"])
+def test_every_row_comes_once_an_epoch_in_another_order(by: BatchBy) -> None:
+    data = batches(batch_by=by)
     assert data.num_batches == 13
     epochs = [[row for i in range(13) for row in data.batch(13 * epoch + i).rows] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
@@ -49,6 +52,40 @@ def test_batches_hold_rows_of_similar_length_in_no_order_of_length() -> None:
     assert padding(batches(window=13)) < 0.08 < 0.25 < padding(batches(window=1))
     longest = [batches(window=13).batch(i).tokens.shape[1] for i in range(13)]
     assert longest != sorted(longest)
+
+
+def test_batches_by_tokens_have_about_the_same_tokens_and_other_numbers_of_rows() -> None:
+    def places(by: BatchBy) -> list[int]:
+        data = batches(window=13, batch_by=by)
+        return [data.batch(i).tokens.size for i in range(13)]
+
+    assert max(places("rows")) > 1.7 * np.mean(places("rows"))
+    assert max(places("tokens")) < 1.3 * np.mean(places("tokens"))
+    assert min(places("tokens")) > 10 * min(places("rows"))
+    assert len({len(batches(window=13, batch_by="tokens").batch(i).rows) for i in range(13)}) > 3
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8, 11])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 11])
+def test_no_cut_by_tokens_has_a_smaller_largest_batch(num_rows: int, batch_size: int) -> None:
+    lengths = sorted(np.random.default_rng(num_rows).integers(0, 40, num_rows).tolist())
+    num_batches = -(-num_rows // batch_size)
+
+    def largest(ends: Sequence[int]) -> int:
+        return max((stop - start) * lengths[stop - 1] for start, stop in pairwise((0, *ends, num_rows)))
+
+    runs = cut(lengths, batch_size, "tokens")
+    assert [row for run in runs for row in range(num_rows)[run]] == list(range(num_rows))
+    assert len(runs) == num_batches and all(run.stop > run.start for run in runs)
+    every = combinations(range(1, num_rows), num_batches - 1)
+    assert largest([run.stop for run in runs[:-1]]) == min(map(largest, every))
+
+
+@pytest.mark.parametrize(("batch_size", "window"), [(1, 512), (4, 128), (5, 103), (16, 32), (64, 32)])
+def test_a_window_has_32_batches_and_512_rows_or_more(batch_size: int, window: int) -> None:
+    data = Batches(range(1000), lambda row: DATASET[0], batch_size, 0, collate)
+    assert data.window == window
+    assert len(data.batch(0).rows) == batch_size
 
 
 def test_rows_are_encoded_once_when_cached_and_afresh_when_not() -> None:
@@ -116,18 +153,19 @@ def test_evaluation_sees_every_row_once_by_length() -> None:
     assert all(DATASET[row].size == length for b in chosen for row, length in zip(b.rows, b.lengths, strict=True))
 
 
+@pytest.mark.parametrize("by", ["rows", "tokens"])
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_the_shares_of_processes_are_the_batch(size: int) -> None:
-    """The last batch of an epoch has 2 rows: more processes than that are left without one, and count nothing."""
+def test_the_shares_of_processes_are_the_batch(size: int, by: BatchBy) -> None:
+    """Some batches have 2 rows: more processes than that are left without one, and count nothing."""
 
     def ones(items: Sequence[np.ndarray], rows: Sequence[int]) -> Batch:
         batch = collate(items, rows)
         return replace(batch, mask=np.ones_like(batch.mask))
 
     for index in range(13):
-        whole, rows = batches().batch(index).rows, []
+        whole, rows = batches(batch_by=by).batch(index).rows, []
         for rank in range(size):
-            data = batches()
+            data = batches(batch_by=by)
             data.collate, data.share = ones, (rank, size)
             part = data.batch(index)
             rows += part.rows if part.num_supervised else ()

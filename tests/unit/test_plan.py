@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_training import backend as backends_module
+from mlx_training.assemble import assemble
 from mlx_training.backend import Runtime
 from mlx_training.config import RunConfig, load_config
 from mlx_training.data.rows import Row, write_rows
@@ -163,6 +165,18 @@ def test_without_data_the_shape_comes_from_the_limits(tiny: Path) -> None:
     assert "unknown" in show(absent)
 
 
+@pytest.mark.parametrize("by", ["rows", "tokens"])
+def test_the_batch_is_the_largest_of_an_epoch(by: str, tiny: Path) -> None:
+    ragged = [replace(row, pre_prompt="Trend? " * (1 + i % 8) ** 2) for i, row in enumerate(rows(32))]
+    write_rows(tiny.parent / "rows.jsonl", ragged)
+    config = load_config(tiny, [f"training.batch_by={by}"])
+    batches = assemble(config).data.train_batches()
+    largest = max((batches.batch(i) for i in range(batches.num_batches)), key=lambda batch: batch.tokens.size)
+    shape = plan(config)["batch_shape"]
+    assert shape["rows"] * shape["tokens"] == largest.tokens.size
+    assert (shape["rows"] == 4) == (by == "rows")
+
+
 def test_a_missing_model_and_damaged_data_are_errors(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="no directory"):
         plan(load_config(tiny, ["model.llm_id=/nowhere/llama"]))
@@ -179,8 +193,6 @@ def test_a_batch_larger_than_the_data_is_refused_as_in_training() -> None:
 def test_counts_are_those_of_the_built_model(tiny: Path, backend_name: str) -> None:
     config = load_config(tiny, [f"backend={backend_name}"])
     parameters = plan(config)["parameters"]
-    from mlx_training.assemble import assemble
-
     backend = backends_module.get(backend_name, Runtime("cpu"))
     known = backend.parameters(backend.build(assemble(config).spec))
     sizes = {train: sum(math.prod(p.shape) for p in known.values() if p.trainable == train) for train in (True, False)}

@@ -27,14 +27,18 @@ def needed(*packages: str) -> None:
 class MlxLm:
     """`mlx_lm.lora` without its command line: its datasets, batches, loss and loop; MLX with the fast BLAS."""
 
-    def __init__(self, llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float) -> None:
+    def __init__(self, llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, seed: int) -> None:
         needed("mlx_lm")
         load_fast_blas()
+        import mlx.core as mx
         import mlx.optimizers
+        import numpy as np
         from mlx_lm.tuner.datasets import CacheDataset, TextDataset
         from mlx_lm.tuner.utils import linear_to_lora_layers
         from mlx_lm.utils import load
 
+        np.random.seed(seed)  # as its command line does
+        mx.random.seed(seed)
         self.model, self.tokenizer = load(llm)[:2]
         self.model.freeze()
         keys = [f"self_attn.{t}" if t[0] in "qkvo" else f"mlp.{t}" for t in TARGETS]
@@ -71,17 +75,18 @@ class MlxLm:
 class Trainer:
     """Hugging Face's Trainer with PEFT, float32, its defaults but for rate, batch and what it would write."""
 
-    def __init__(self, llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float) -> None:
+    def __init__(self, llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, seed: int) -> None:
         needed("peft", "accelerate")
         import transformers
         from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
 
         transformers.logging.set_verbosity_error()
+        transformers.set_seed(seed)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         base = transformers.AutoModelForCausalLM.from_pretrained(llm, dtype="float32")
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(TARGETS))
-        self.model, self.rate = get_peft_model(base, config), rate
+        self.model, self.rate, self.seed = get_peft_model(base, config), rate, seed
         train, self.held_out = material.texts(**texts)
         self.data = [self._row(material.ids_of(text, self.tokenizer)) for text in train]
         self.tokens = sum(len(row["input_ids"]) for row in self.data)
@@ -95,6 +100,7 @@ class Trainer:
                 per_device_train_batch_size=BATCH,
                 num_train_epochs=steps,
                 learning_rate=self.rate,
+                seed=self.seed,
                 lr_scheduler_type="constant",
                 logging_steps=10,
                 save_strategy="no",

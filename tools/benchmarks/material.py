@@ -111,13 +111,15 @@ def rows(
     return found
 
 
-def texts(file: str, num_rows: int, held_out: int, low: int = 20, high: int = 700) -> tuple[list[str], list[str]]:
+def texts(
+    file: str, num_rows: int, held_out: int, low: int = 20, high: int = 700, seed: int = 3
+) -> tuple[list[str], list[str]]:
     """Pieces of a text of about `low` to `high` tokens, log-uniform; for training and held out.
 
     Without a file the generated corpus is the text.
     """
     source = Path(file).read_text(encoding="utf-8") if file else "\n".join(corpus_documents(0, "train", 20_000))
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     lengths = (
         np.exp(rng.uniform(np.log(low), np.log(high), num_rows + held_out)).astype(int) * 3 // 2
     )  # 1.5 characters a token: the words it knows are made up

@@ -13,7 +13,7 @@ from mlx_training.backend import Optim, Runtime
 from mlx_training.config import load_config
 from mlx_training.config_presets import PRESETS
 from mlx_training.data.batch import Batch
-from mlx_training.data.batching import Batches, eval_batches
+from mlx_training.data.batching import BatchBy, Batches, eval_batches
 from mlx_training.data.collate import collate
 from mlx_training.data.prompt import PromptEncoder
 from mlx_training.data.text import TextBatches, TextWindows
@@ -38,12 +38,19 @@ class Training:
     """A model that trains on a stream of batches."""
 
     def __init__(
-        self, spec: Spec, stream: Iterator[Batch], backend: str, rates: dict[str, float], optim: Optim, runtime: Any
+        self,
+        spec: Spec,
+        stream: Iterator[Batch],
+        backend: str,
+        rates: dict[str, float],
+        optim: Optim,
+        runtime: Any,
+        seed: int = 0,
     ) -> None:
         self.backend, self.stream, self.rates = backends.get(backend, Runtime(**runtime)), stream, rates
         self.model = self.backend.build(spec)
-        self.backend.load(self.model, self.backend.export(self.model) | initialise(spec, 0))
-        self.step = self.backend.make_step(self.model, lm, optim, seed=0)
+        self.backend.load(self.model, self.backend.export(self.model) | initialise(spec, seed))
+        self.step = self.backend.make_step(self.model, lm, optim, seed=seed)
         self.number = 0
 
     def __call__(self, steps: int) -> dict[str, float]:
@@ -112,18 +119,31 @@ def sizes(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def lora(
-    llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, backend: str = "torch", **runtime: Any
+    llm: str,
+    texts: dict[str, Any],
+    rank: int,
+    alpha: int,
+    rate: float,
+    seed: int,
+    backend: str = "torch",
+    batch_by: BatchBy = "tokens",
+    **runtime: Any,
 ) -> Run:
-    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it."""
+    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it.
+
+    Gradients are clipped at 1, as they are unless `training.grad_clip_norm` says otherwise; so does HF's Trainer.
+    """
     directory = Path(llm)
     tokenizer = Tokenizer.load(directory)
     encode = PromptEncoder(tokenizer, 0).encode
     train, held_out = material.texts(**texts)
-    batches = Batches([material.text_row(t) for t in train], encode, 4, 0, collate)
+    batches = Batches([material.text_row(t) for t in train], encode, 4, seed, collate, batch_by=batch_by)
     adapter = AdapterSpec(find_linears(directory, TARGETS), rank, alpha, 0.0, False)
     info = describe_llm(directory)
     spec = PretrainedSpec(FrozenLM(directory, info.hidden_size, info.vocab_size), adapter=adapter)
-    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, Optim(), {"device": "cpu"} | runtime)
+    runtime = {"device": "cpu"} | runtime
+    optim = Optim(grad_clip_norm=1.0)
+    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, optim, runtime, seed)
     return Epochs(training, batches.num_batches, [material.text_row(t) for t in held_out], encode)
 
 

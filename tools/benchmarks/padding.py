@@ -1,11 +1,11 @@
-"""The share of places that are padding: our batches against random order, batch 4, one epoch."""
+"""The share of places that are padding, and the shapes that are compiled: our batches and random order, one epoch."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mlx_training.data.batching import Batches
+from mlx_training.data.batching import BatchBy, Batches
 from mlx_training.data.collate import collate
 from mlx_training.data.importers import load_rows
 from mlx_training.data.prompt import Encoded, PromptEncoder
@@ -39,14 +39,20 @@ def padding(bench: "Bench") -> list[Listing]:
     found = []
     for name, (encoder, rows) in works.items():
         encoded = [encoder.encode(row) for row in rows]
-        batches = Batches(encoded, lambda item: item, BATCH, 0, collate)
+        numbers: dict[str, float] = {}
+        for by in get_args(BatchBy):
+            batches = Batches(encoded, lambda item: item, BATCH, 0, collate, batch_by=by)
+            made = [batches.batch(i) for i in range(batches.num_batches)]
+            numbers[by] = share((b.lengths, b.tokens.shape) for b in made)
+            numbers[f"shapes by {by}"] = len({(b.tokens.shape, b.targets.shape) for b in made})
         order = np.random.default_rng(0).permutation(len(encoded))
         drawn = ([encoded[i] for i in order[start : start + BATCH]] for start in range(0, len(order), BATCH))
-        ours = share((b.lengths, b.tokens.shape) for b in map(batches.batch, range(batches.num_batches)))
-        plain = share(exact(items) for items in drawn)
+        numbers["random"] = share(exact(items) for items in drawn)
         lengths = [len(item) for item in encoded]
-        said = f"{len(rows)} rows of {min(lengths)} to {max(lengths)} places: {ours:.1%}; random order {plain:.1%}"
-        found.append(Listing(f"padding, {name} (aim: <= 5 %)", [said], {"ours": ours, "random": plain}))
+        said = [f"{len(rows)} rows of {min(lengths)} to {max(lengths)} places; random order {numbers['random']:.1%}"]
+        for by in get_args(BatchBy):
+            said.append(f"batch_by {by}: {numbers[by]:.1%}, {numbers[f'shapes by {by}']} shapes")
+        found.append(Listing(f"padding, {name} (aim: <= 5 %)", said, numbers))
         print("\n".join(found[-1].lines()), flush=True)
     return found
 

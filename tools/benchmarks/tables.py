@@ -10,6 +10,7 @@ from tools.benchmarks import material
 from tools.benchmarks.costs import costs, share_of_peak
 from tools.benchmarks.growth import growth
 from tools.benchmarks.listing import Listing
+from tools.benchmarks.lora import lora
 from tools.benchmarks.measure import Measured, compare
 from tools.benchmarks.padding import padding
 from tools.benchmarks.startup import startup
@@ -103,24 +104,6 @@ def pretraining(bench: Bench) -> list[Measured]:
     shared = {"preset": "mingpt", "tokens": str(tokens), "vocab": 4096, "batch_size": 4}
     sides = {"ours (torch)": ("ours:decoder", shared), "nanoGPT-style loop": ("nanogpt:decoder", shared)}
     return [bench.compare("mingpt, float32", sides, target=">= 0.97", warm_up=2)]
-
-
-def lora(bench: Bench) -> list[Measured]:
-    """LoRA of rank 8 on ragged text of 20 to 700 tokens, batch 4, float32: one epoch, then the held-out loss."""
-    file = str(bench.data / "wikitext2" / "valid.txt") if bench.data else ""
-    shared: dict[str, Any] = {"llm": bench.llm(), "texts": {"file": file, "num_rows": 160, "held_out": 16}}
-    shared |= {"rank": 8, "alpha": 16, "rate": 1e-3}
-    peers = {
-        "mlx": ("mlx_lm.lora", "lora_peers:MlxLm", ">= 1.8 at equal or better loss"),
-        "torch": ("HF Trainer + PEFT", "lora_peers:Trainer", ">= 1.3"),
-    }
-    found = []
-    for backend in bench.backends:
-        name, function, target = peers[backend]
-        sides = {f"ours ({backend})": ("ours:lora", shared | {"backend": backend}), name: (function, shared)}
-        once = {"repetitions": 1, "steps": 1, "warm_up": 0}  # an epoch each
-        found.append(bench.compare("LoRA, one epoch of ragged text", sides, target=target, **once))
-    return found
 
 
 def generation(bench: Bench) -> list[Measured]:
