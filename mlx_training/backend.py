@@ -17,11 +17,12 @@ from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
 from mlx_training.optim import Optim as Optim
-from mlx_training.spec import Spec
+from mlx_training.spec import PretrainedSpec, Spec
 
 Arrays = dict[str, np.ndarray]
 PACKAGES = {"mlx": "mlx_training.mlx_backend", "torch": "torch_backend"}
 TIMEOUT = 600  # seconds that processes which train together wait for each other
+MAX_LOGITS = 2**26  # that exist at once with chunked_head: a quarter of a gigabyte for each copy
 PROBE = ("grad_norm", "param_norm", "update_norm", "m_norm", "v_norm", "zeros", "nonfinite")  # figures of a parameter
 
 
@@ -42,6 +43,7 @@ class Runtime:
     gradient_checkpointing: bool = False  # activations of a layer are computed again for its backward pass, not kept
     frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"  # what stands before the series has no gradient
     trim_last_layer: bool = True  # a frozen LM's last layer is computed at the places of labels only
+    chunked_head: bool = True  # where there are many logits, some of them after the other, twice
 
 
 class Model(Protocol):
@@ -181,6 +183,12 @@ def get(name: str, runtime: Runtime | None = None) -> Backend:
             f"backend {name!r} is not usable here ({error}); install it with: pip install 'mlx-training[{name}]'"
         ) from error
     return package.Backend(runtime or Runtime())
+
+
+def labels_at_once(spec: Spec) -> int:
+    """Labels whose logits are MAX_LOGITS at most; more of them are divided into chunks."""
+    sizes: Any = spec.llm if isinstance(spec, PretrainedSpec) else spec
+    return max(1, MAX_LOGITS // sizes.vocab_size)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
