@@ -57,7 +57,7 @@ class Evaluation(Section):
 
 
 class Performance(Section):
-    """What a step need not compute. Results stay the same; switch one off to see what it is worth."""
+    """What a step need not compute or hold. Results stay the same; switch one off to see what it is worth."""
 
     frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"
     """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is kept."""

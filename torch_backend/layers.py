@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mlx_training.backend import ALL_AT_ONCE
 from mlx_training.data.batch import Batch
 from torch_backend.chunked_head import chunked_logprobs, chunked_scores, log_softmax_at
 
@@ -148,7 +149,7 @@ class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
     gradient_checkpointing = False
-    labels_at_once: int | None = None  # labels whose logits may exist at once, and be kept; None: all
+    head_chunks = ALL_AT_ONCE
 
     def inputs(self, batch: Batch) -> Tensor:
         """Input embeddings (B, L, H)."""
@@ -185,7 +186,7 @@ class LanguageModel(nn.Module):
     def logprobs(self, batch: Batch) -> Tensor:
         """log p(target), float32 (B, K)."""
         h_BKH, targets_BK = self.label_hidden(batch), batch.targets
-        if not (size := self._chunk_size(targets_BK)):
+        if (size := self.head_chunks.of(targets_BK.numel())) == targets_BK.numel():
             return log_softmax_at(self.head(h_BKH), targets_BK)
         h_NH, targets_N = h_BKH.flatten(0, 1), targets_BK.flatten()
         logprobs_N = chunked_logprobs(self.head, self.head_layer, h_NH, targets_N, size, ahead=self.training)
@@ -194,15 +195,10 @@ class LanguageModel(nn.Module):
     def scored(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """log p(target) and whether the target is the most probable token, both (B, K)."""
         h_BKH, targets_BK = self.label_hidden(batch), batch.targets
-        size = self._chunk_size(targets_BK) or targets_BK.numel()
+        size = self.head_chunks.of(targets_BK.numel())
         found = chunked_scores(self.head, h_BKH.flatten(0, 1), targets_BK.flatten(), size)
         logprobs_BK, hits_BK = (x_N.view(targets_BK.shape) for x_N in found)
         return logprobs_BK, hits_BK
-
-    def _chunk_size(self, targets_BK: Tensor) -> int:
-        """Labels of a chunk; 0: no chunks. Log-softmax or gradients stand beside its logits, so it is half of them."""
-        most = self.labels_at_once
-        return -(-most // 2) if most is not None and targets_BK.numel() > most else 0
 
     def extend_to_last(self, x_BTH: Tensor, cache: Any) -> Tensor:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_training.backend import ALL_AT_ONCE
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.chunked_head import chunked_logprobs, chunked_scores, log_softmax_at
 from mlx_training.mlx_backend.dropout import drawing_from, new_key
@@ -139,7 +140,7 @@ class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
     gradient_checkpointing = False
-    labels_at_once: int | None = None  # labels whose logits may exist at once, and be kept; None: all
+    head_chunks = ALL_AT_ONCE
 
     def inputs(self, batch: Batch) -> mx.array:
         """Input embeddings (B, L, H)."""
@@ -176,7 +177,7 @@ class LanguageModel(nn.Module):
     def logprobs(self, batch: Batch) -> mx.array:
         """log p(target), float32 (B, K)."""
         h_BKH, targets_BK = self.label_hidden(batch), batch.targets
-        if not (size := self._chunk_size(targets_BK)):
+        if (size := self.head_chunks.of(targets_BK.size)) == targets_BK.size:
             return log_softmax_at(self.head(h_BKH), targets_BK)
         h_NH, targets_N = h_BKH.flatten(0, 1), targets_BK.flatten()
         logprobs_N = chunked_logprobs(self.head, self.head_layer, h_NH, targets_N, size, ahead=self.training)
@@ -185,15 +186,10 @@ class LanguageModel(nn.Module):
     def scored(self, batch: Batch) -> tuple[mx.array, mx.array]:
         """log p(target) and whether the target is the most probable token, both (B, K)."""
         h_BKH, targets_BK = self.label_hidden(batch), batch.targets
-        size = self._chunk_size(targets_BK) or targets_BK.size
+        size = self.head_chunks.of(targets_BK.size)
         found = chunked_scores(self.head, h_BKH.flatten(0, 1), targets_BK.flatten(), size)
         logprobs_BK, hits_BK = (x_N.reshape(targets_BK.shape) for x_N in found)
         return logprobs_BK, hits_BK
-
-    def _chunk_size(self, targets_BK: mx.array) -> int:
-        """Labels of a chunk; 0: no chunks. Log-softmax or gradients stand beside its logits, so it is half of them."""
-        most = self.labels_at_once
-        return -(-most // 2) if most is not None and targets_BK.size > most else 0
 
     def extend_to_last(self, x_BTH: mx.array, cache: Any) -> mx.array:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""

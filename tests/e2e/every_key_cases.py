@@ -291,6 +291,7 @@ CASES: list[tuple[str, str, str, str]] = [
     ("training.gradient_checkpointing", "rows", "training.gradient_checkpointing=true", "error"),
     ("performance.frozen_prefix", "decoder", "performance.frozen_prefix=off", "error"),
     ("performance.trim_last_layer", "decoder", "performance.trim_last_layer=false", "error"),
+    ("performance.chunked_head", "rows", "performance.chunked_head=false", "chunks"),
     ("training.min_lr_fraction", "rows", "training.min_lr_fraction=0.5", "rates"),
     ("training.weight_decay", "rows", "training.weight_decay=0.5", "parameters"),
     ("training.grad_clip_norm", "rows", "training.grad_clip_norm=1e-6", "parameters"),

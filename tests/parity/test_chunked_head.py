@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_training import backend as backends
-from mlx_training.backend import MAX_LOGITS, Arrays, Optim, Runtime, labels_at_once
+from mlx_training.backend import ALL_AT_ONCE, MAX_LOGITS, Arrays, HeadChunks, Optim, Runtime, head_chunks
 from mlx_training.data.batch import Batch
 from mlx_training.init import initialise
 from mlx_training.objectives import Sums
@@ -21,7 +21,7 @@ from tests.parity.cases import CASES, VOCAB, batches, realise, relative, specs, 
 from tests.parity.tiny_checkpoints import save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
-MOST, CHUNK = 14, 7  # labels; no number of labels here is a multiple
+MOST = HeadChunks(14, 7)  # labels; no number of labels here is a multiple of seven
 
 
 def weighed(model: Any, batch: Batch) -> Sums:
@@ -36,18 +36,18 @@ def test_gradients_are_the_same(case: str, directory: Path, backend_name: str) -
     backend, model = realise(backend_name, spec)
     (batch,) = batches(spec, 1)
     found = []
-    for most in (None, MOST):
-        model.labels_at_once = most
+    for most in (ALL_AT_ONCE, MOST):
+        model.head_chunks = most
         gradients = without_zero_gradients(spec, backend.gradients(model, weighed, batch))
         found.append((gradients, backend.score(model, weighed, batch)["loss"], backend.score_tokens(model, batch)))
     (whole, loss, tokens), (chunked, chunked_loss, chunked_tokens) = found
-    assert batch.targets.size % CHUNK and chunked_loss == pytest.approx(loss, rel=1e-6)
+    assert batch.targets.size % MOST.size and chunked_loss == pytest.approx(loss, rel=1e-6)
     assert {name for name in whole if relative(chunked[name], whole[name]) > 3e-6} == set()
     np.testing.assert_allclose(chunked_tokens["logprobs"], tokens["logprobs"], rtol=1e-6, atol=2e-6)
     np.testing.assert_array_equal(chunked_tokens["hits"], tokens["hits"])
 
 
-def steps(backend: Any, spec: Spec, model: Any, most: int | None) -> tuple[list[float], Arrays]:
+def steps(backend: Any, spec: Spec, model: Any, most: HeadChunks) -> tuple[list[float], Arrays]:
     """Losses of three steps of SGD, the second over two micro-batches, and where the parameters end."""
     start, model.labels_at_once = backend.export(model), most
     step, (first, *more) = backend.make_step(model, lm, Optim("sgd"), seed=0), batches(spec, 4)
@@ -75,11 +75,11 @@ def test_steps_are_the_same(case: str, untied: Path, backend_name: str, uncompil
     """In training, where the gradient of a frozen head is computed ahead; in bfloat16 as near to float32 as without."""
     spec = TRAINED.get(case) or adapted(untied, *(("q_proj",) if case.startswith("frozen") else ("q_proj", "lm_head")))
     backend, model = built(backend_name, spec)
-    (losses, moved), (chunked_losses, chunked) = (steps(backend, spec, model, most) for most in (None, MOST))
+    (losses, moved), (chunked_losses, chunked) = (steps(backend, spec, model, most) for most in (ALL_AT_ONCE, MOST))
     assert chunked_losses == pytest.approx(losses, rel=1e-6)
     assert changed(chunked, moved, 1e-5) == []
     backend, model = built(backend_name, spec, precision="bfloat16")
-    (_, rounded), (_, chunked) = (steps(backend, spec, model, most) for most in (None, MOST))
+    (_, rounded), (_, chunked) = (steps(backend, spec, model, most) for most in (ALL_AT_ONCE, MOST))
     off = {n: (relative(chunked[n], x), relative(rounded[n], x)) for n, x in moved.items()}
     assert {n: pair for n, pair in off.items() if pair[0] > 1.3 * pair[1] + 5e-3} == {}
 
@@ -119,7 +119,7 @@ def test_dropout_inside_the_head(untied: Path, backend_name: str, uncompiled: No
     """Adapters on the head drop the same in both passes: a step changes the loss as its gradient says."""
     spec = adapted(untied, "lm_head", dropout=0.5)
     backend, model = built(backend_name, spec)
-    model.labels_at_once = MOST
+    model.head_chunks = MOST
     (batch,), start = batches(spec, 1), backend.export(model)
     step, losses = backend.make_step(model, lm, Optim("sgd", grad_clip_norm=None), seed=0), []
     for rate in (1e-3, -1e-3):  # the same step and so the same dropout, from the same place
@@ -137,9 +137,9 @@ def test_no_more_logits_than_allowed(task: str, backend_name: str, uncompiled: N
     tokens = np.random.default_rng(0).integers(0, 2000, (8, 229)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((8, 228), np.float32), np.full(8, 228, np.int32))
     peaks = []
-    for most in (None, 100):
+    for most in (ALL_AT_ONCE, HeadChunks(100, 50)):
         backend, model = built(backend_name, spec)
-        model.labels_at_once = most
+        model.head_chunks = most
         step = backend.make_step(model, lm, Optim("sgd"), seed=0)
         with MEASURE[backend_name]() as peak:
             if task == "train":
@@ -187,13 +187,19 @@ MEASURE = {"torch": _largest_of_torch, "mlx": _peak_of_mlx}
 def test_few_logits_are_made_at_once(backend_name: str) -> None:
     """Up to 2^26 nothing changes; the switch turns chunks off."""
     backend, model = built(backend_name, SMALL)
-    assert model.labels_at_once == labels_at_once(SMALL) == MAX_LOGITS // VOCAB
+    most = MAX_LOGITS // VOCAB
+    assert model.head_chunks == head_chunks(SMALL) == HeadChunks(most, most // 8)
     calls: list[tuple[int, ...]] = []
     head = model.head
     model.head = lambda h: calls.append(tuple(h.shape)) or head(h)
     (batch,) = batches(SMALL, 1)
-    for most in (batch.targets.size, batch.targets.size - 1):
-        model.labels_at_once = most
+    for model.head_chunks in (HeadChunks(76, 50), HeadChunks(75, 50)):
         backend.score(model, lm, batch)
-    assert calls == [(*batch.targets.shape, 16), (38, 16), (38, 16)]
-    assert built(backend_name, SMALL, chunked_head=False)[1].labels_at_once is None
+    assert calls == [(*batch.targets.shape, 16), (50, 16), (26, 16)]
+    assert built(backend_name, SMALL, chunked_head=False)[1].head_chunks is ALL_AT_ONCE
+
+
+def test_a_large_vocabulary_has_chunks_of_some_size() -> None:
+    """The weights of the head are read once for each chunk."""
+    found = {v: head_chunks(replace(SMALL, vocab_size=v)) for v in (128_256, 2**20, 2**28)}
+    assert found == {128_256: HeadChunks(523, 256), 2**20: HeadChunks(64, 64), 2**28: HeadChunks(1, 1)}
