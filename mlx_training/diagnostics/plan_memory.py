@@ -5,8 +5,8 @@
 each is a tensor of that width. For MLX they are a non-negative least-squares fit to `mx.get_peak_memory()` of 45 random
 shapes of each family (largest error 2 % for decoders, 5 % behind a frozen LM): the graph's order of evaluation decides
 what lives together there, and attention on the CPU keeps its L x L weights. Measured on a CPU with torch 2.13 and
-MLX 0.32.4; fused attention on Metal keeps less. Logits exist at label places only, of many labels in chunks: of these
-PyTorch has log-softmax or gradients beside them, and MLX about twelve at once (measured; it computes ahead).
+MLX 0.32.4; fused attention on Metal keeps less. Logits exist at label places only, of many
+labels in chunks: PyTorch has their log-softmax beside them; MLX reserves about twelve copies ahead and touches three.
 
 **Overhead** is what a process holds beyond its tensors: code and tables that the first step touches, the tokenizer, the
 rows, and above all what glibc's heap keeps of freed tensors smaller than 32 MB. PyTorch's CPU allocator goes
@@ -90,7 +90,7 @@ COEFFICIENTS = {
         encoder=Kept(11, 4, scores=1),
         logits_kept=3,
         logits_transient=0,
-        chunks=12,
+        chunks=3,
         loading=0.5,
         copies=3,
         overhead_bytes=45e6,
