@@ -6,6 +6,7 @@ the canonical names of the parameter table.
 
 import hashlib
 import importlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
 from mlx_training.optim import Optim as Optim
-from mlx_training.spec import Spec
+from mlx_training.spec import PretrainedSpec, Spec
 
 Arrays = dict[str, np.ndarray]
 PACKAGES = {"mlx": "mlx_training.mlx_backend", "torch": "torch_backend"}
 TIMEOUT = 600  # seconds that processes which train together wait for each other
+MAX_LOGITS = 2**26  # that are made at once: a quarter of a gigabyte a copy; more are made in chunks of an eighth of it
+MIN_CHUNK = 256  # labels, for which the head's weights are read once
 PROBE = ("grad_norm", "param_norm", "update_norm", "m_norm", "v_norm", "zeros", "nonfinite")  # figures of a parameter
 
 
@@ -44,6 +47,7 @@ class Runtime:
     trim_last_layer: bool = True  # a frozen LM's last layer is computed at the places of labels only
     compile: Literal["auto", "on", "off"] = "auto"  # the loss of a step on torch, all of a step on MLX
     shard: bool = False  # a model trained from scratch is shared out over the processes, not copied to each
+    chunked_head: bool = True  # where there are many logits, some of them after the other, twice
 
 
 class Model(Protocol):
@@ -190,6 +194,28 @@ def get(name: str, runtime: Runtime | None = None) -> Backend:
             f"backend {name!r} is not usable here ({error}); install it with: pip install 'mlx-training[{name}]'"
         ) from error
     return package.Backend(runtime or Runtime())
+
+
+@dataclass(frozen=True)
+class HeadChunks:
+    """More than `most` labels meet the head in chunks of `size`."""
+
+    most: int
+    size: int
+
+    def of(self, num_labels: int) -> int:
+        """Labels of a chunk, which are all of them if they are not many."""
+        return self.size if num_labels > self.most else num_labels
+
+
+ALL_AT_ONCE = HeadChunks(sys.maxsize, sys.maxsize)
+
+
+def head_chunks(spec: Spec) -> HeadChunks:
+    """How the labels of a micro-batch are divided. MLX has some ten products under way, so chunks are small."""
+    sizes: Any = spec.llm if isinstance(spec, PretrainedSpec) else spec
+    most: int = max(1, MAX_LOGITS // sizes.vocab_size)
+    return HeadChunks(most, min(most, max(most // 8, MIN_CHUNK)))
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

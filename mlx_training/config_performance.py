@@ -24,6 +24,8 @@ class Performance(Section):
     """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is kept."""
     trim_last_layer: bool = True
     """A frozen LM's last layer is computed at the places of labels only."""
+    chunked_head: bool = True
+    """More logits than 2^26 (labels x vocabulary) are made in chunks, and again for their gradients: less memory."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch: the loss of a step (auto: on CUDA, else off). MLX: all of a step (auto: on; off helps to debug)."""
     shard: bool = False

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_training.backend import Arrays, Optim, Registered, Runtime, replaced
+from mlx_training.backend import ALL_AT_ONCE, Arrays, Optim, Registered, Runtime, head_chunks, replaced
 from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
@@ -64,6 +64,7 @@ class Backend:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
         model.gradient_checkpointing = self.runtime.gradient_checkpointing
+        model.head_chunks = head_chunks(spec) if self.runtime.chunked_head else ALL_AT_ONCE
         if self.runtime.shard and self.group.size > 1:
             shard(model, self.device)
         return model.to(self.device)

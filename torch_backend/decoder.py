@@ -196,9 +196,12 @@ class Decoder(LanguageModel):
             places.mask = alibi(seen, self.slopes, len(place_L), len(place_L))
         return self._run(x_BLH, positions_BL, places)
 
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.model.embed_tokens if self.spec.tie_word_embeddings else self.lm_head
+
     def head(self, h: Tensor) -> Tensor:
-        tied = self.spec.tie_word_embeddings
-        logits = (F.linear(h, self.model.embed_tokens.weight.to(h.dtype)) if tied else self.lm_head(h)).float()
+        logits = super().head(h) if self.spec.tie_word_embeddings else self.lm_head(h).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

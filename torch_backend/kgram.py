@@ -104,8 +104,9 @@ class Kgram(LanguageModel):
     def hidden(self, x_BLE: Tensor, batch: Batch | None = None) -> Tensor:
         return self._run(torch.cat([self._nothing(x_BLE), x_BLE], dim=1))
 
-    def head(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.lm_head.weight.to(h.dtype)).float()
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.lm_head
 
     def make_cache(self, left_padding: Sequence[int]) -> KgramCache:
         """An empty cache for rows with this much padding on the left."""

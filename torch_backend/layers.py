@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mlx_training.backend import ALL_AT_ONCE
 from mlx_training.data.batch import Batch
+from torch_backend.chunked_head import chunked_logprobs, chunked_scores, log_softmax_at
 
 
 class RMSNorm(nn.Module):
@@ -157,15 +159,11 @@ class KVCache:
         return copy
 
 
-def log_softmax_at(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
-    """log p(target), (B, K)."""
-    return -F.cross_entropy(logits_BKV.flatten(0, 1), targets_BK.flatten(), reduction="none").view(targets_BK.shape)
-
-
 class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
     gradient_checkpointing = False
+    head_chunks = ALL_AT_ONCE
 
     def inputs(self, batch: Batch) -> Tensor:
         """Input embeddings (B, L, H)."""
@@ -178,9 +176,14 @@ class LanguageModel(nn.Module):
         """
         raise AssertionError("a family defines this")
 
-    def head(self, h: Tensor) -> Tensor:
-        """Logits (..., V), float32."""
+    @property
+    def head_layer(self) -> nn.Module:
+        """The layer, often the embedding, whose matrix (V, H) makes the logits: everything in `head` that may train."""
         raise AssertionError("a family defines this")
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V), float32; of every place alone."""
+        return F.linear(h, self.head_layer.weight.to(h.dtype)).float()
 
     def past(self, batch: Batch) -> Tensor | None:
         """Keys and values (2, layers, B or 1, heads, N, D) of leading places that training cannot change; None: none.
@@ -189,21 +192,27 @@ class LanguageModel(nn.Module):
         """
         return None
 
-    def label_logits(self, batch: Batch) -> Tensor:
-        """Logits at the label places, float32 (B, K, V): only those places meet the head, never (B, L, V)."""
+    def label_hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states at the label places (B, K, H): only those meet the head, never all (B, L, H)."""
         h = self.hidden(self.inputs(batch), batch)
-        if batch.positions is not None:
-            h = h.gather(1, batch.positions[..., None].expand(-1, -1, h.shape[-1]))
-        return self.head(h)
+        return h if batch.positions is None else h.gather(1, batch.positions[..., None].expand(-1, -1, h.shape[-1]))
 
     def logprobs(self, batch: Batch) -> Tensor:
         """log p(target), float32 (B, K)."""
-        return log_softmax_at(self.label_logits(batch), batch.targets)
+        h_BKH, targets_BK = self.label_hidden(batch), batch.targets
+        if (size := self.head_chunks.of(targets_BK.numel())) == targets_BK.numel():
+            return log_softmax_at(self.head(h_BKH), targets_BK)
+        h_NH, targets_N = h_BKH.flatten(0, 1), targets_BK.flatten()
+        logprobs_N = chunked_logprobs(self.head, self.head_layer, h_NH, targets_N, size, ahead=self.training)
+        return logprobs_N.view(targets_BK.shape)
 
     def scored(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """log p(target) and whether the target is the most probable token, both (B, K)."""
-        logits_BKV = self.label_logits(batch)
-        return log_softmax_at(logits_BKV, batch.targets), logits_BKV.argmax(-1) == batch.targets
+        h_BKH, targets_BK = self.label_hidden(batch), batch.targets
+        size = self.head_chunks.of(targets_BK.numel())
+        found = chunked_scores(self.head, h_BKH.flatten(0, 1), targets_BK.flatten(), size)
+        logprobs_BK, hits_BK = (x_N.view(targets_BK.shape) for x_N in found)
+        return logprobs_BK, hits_BK
 
     def extend_to_last(self, x_BTH: Tensor, cache: Any) -> Tensor:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""

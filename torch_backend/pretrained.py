@@ -63,6 +63,11 @@ class PretrainedLM(nn.Module):
         cache = self.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         return self.extend(x_BLH, cache, places_BK)
 
+    @property
+    def head_layer(self) -> nn.Module:
+        """The layer whose matrix makes the logits."""
+        return self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V), float32."""
         table = self.model.embed_tokens
@@ -176,18 +181,24 @@ class PretrainedModel(LanguageModel):
         self.lm.remember(self.lm.embed(new), cache)
         return torch.stack([*cache.keys, *cache.values]).unflatten(0, (2, -1))
 
-    def label_logits(self, batch: Batch) -> Tensor:
-        """Logits at the label places. What stands before the series and at no label is computed where it must be."""
+    def label_hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states at the label places (B, K, H); what stands before the series and at no label is
+        computed where it must be.
+        """
         if isinstance(self.lm, Decoder):
-            return super().label_logits(batch)
+            return super().label_hidden(batch)
         x_BLH, places_BK = self.inputs(batch), batch.positions
         if batch.past is not None:
             num_read = batch.past.shape[-2]
             x_BLH, places_BK = x_BLH[:, num_read:], (places_BK - num_read).clamp(min=0)
         if places_BK is not None and self.trim_last_layer:
-            return self.head(self.lm.hidden(x_BLH, places_BK, batch.past))
+            return self.lm.hidden(x_BLH, places_BK, batch.past)
         h = self.lm.hidden(x_BLH, past=batch.past)
-        return self.head(h if places_BK is None else h.gather(1, places_BK[..., None].expand(-1, -1, h.shape[-1])))
+        return h if places_BK is None else h.gather(1, places_BK[..., None].expand(-1, -1, h.shape[-1]))
+
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.lm.head_layer
 
     def head(self, h: Tensor) -> Tensor:
         return self.lm.head(h)
@@ -267,8 +278,7 @@ def frozen_hash(lm: nn.Module) -> str:
 
 def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
-    layer = lm.lm_head if hasattr(lm, "lm_head") else lm.model.embed_tokens
-    return dense_weight(layer).cpu().numpy()
+    return dense_weight(lm.head_layer).cpu().numpy()
 
 
 def _build(config: dict[str, Any]) -> Any:

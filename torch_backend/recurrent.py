@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -121,9 +120,9 @@ class Recurrent(LanguageModel):
         h_BLH, _ = self.rnn(self.dropout(x_BLE), None, None)
         return self.dropout(h_BLH).to(self.dtype)
 
-    def head(self, h: Tensor) -> Tensor:
-        weight = self.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        return F.linear(h, weight.to(h.dtype)).float()
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.embed_tokens if self.spec.tie_word_embeddings else self.lm_head
 
     def make_cache(self, left_padding: Sequence[int]) -> RecurrentCache:
         """An empty cache for rows with this much padding on the left."""

@@ -255,9 +255,9 @@ class SSM(LanguageModel):
             )
         return self._run(x_BLH, torch.arange(x_BLH.shape[1], device=x_BLH.device)[None], Places())
 
-    def head(self, h: Tensor) -> Tensor:
-        weight = self.backbone.embeddings.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        return F.linear(h, weight.to(h.dtype)).float()
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.backbone.embeddings if self.spec.tie_word_embeddings else self.lm_head
 
     def make_cache(self, left_padding: Sequence[int]) -> StateCache:
         """An empty cache for rows with this much padding on the left."""

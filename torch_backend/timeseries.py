@@ -140,6 +140,10 @@ class TimeSeriesLM(PretrainedModel):
         placed_BLH = F.embedding(batch.patch_index, table).to(x_BLH.dtype)
         return torch.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
 
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.lm_head if self.train_lm_head else super().head_layer
+
     def head(self, h: Tensor) -> Tensor:
         if self.train_lm_head:
             return self.lm_head(h.float())

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from mlx_training.backend import Runtime
+from mlx_training.backend import Runtime, head_chunks
 from mlx_training.config_schema import Performance
 from mlx_training.data.batch import Batch
 from mlx_training.diagnostics.plan_ssm import forward_flops
@@ -34,7 +34,7 @@ class BatchShape:
     """Shape of a micro-batch, padding included. `origin`: "data" (its longest batch) or "limits" (of the settings).
 
     `prefix`: leading places of every row that have no gradient. `last`: places a row at which a frozen language model's
-    last layer is computed; 0: all.
+    last layer is computed; 0: all. `chunk`: labels whose logits are made at once, where those of all are not; 0: all.
     """
 
     rows: int
@@ -45,6 +45,7 @@ class BatchShape:
     origin: str = "data"
     prefix: int = 0
     last: int = 0
+    chunk: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` shows."""
@@ -132,10 +133,17 @@ def batch_shape(batch: Batch, patch_size: int = 1) -> BatchShape:
 
 
 def spared(shape: BatchShape, spec: Spec, performance: Performance | Runtime) -> BatchShape:
-    """The shape with what these settings spare a frozen language model."""
+    """The shape with what these settings spare a frozen language model, and the chunks in which it meets the head."""
     is_read_ahead = isinstance(spec, TimeSeriesSpec) and not spec.adapter and performance.frozen_prefix != "off"
     trims = isinstance(spec, PretrainedSpec) and performance.trim_last_layer and shape.labels < shape.tokens
-    return replace(shape, prefix=shape.prefix if is_read_ahead else 0, last=shape.labels if trims else 0)
+    labels = shape.rows * shape.labels
+    size = head_chunks(spec).of(labels) if performance.chunked_head else labels
+    return replace(
+        shape,
+        prefix=shape.prefix if is_read_ahead else 0,
+        last=shape.labels if trims else 0,
+        chunk=size if size < labels else 0,
+    )
 
 
 def _decoder(spec: DecoderSpec) -> LMShape:
@@ -244,31 +252,40 @@ def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
     needed, and only where gradients flow: none before the first series, and none at all for a batch without series,
     unless the LM has adapters, whose own products are counted and whose input gradients are needed from the first layer
     on. Attention's two products have no weights, so both halves are always needed. The patch embedding reads data, so
-    it has no input gradient.
+    it has no input gradient. A head that trains is multiplied with once more where logits come in chunks.
     """
+    head = batch.rows * batch.labels * 2 * lm.hidden * lm.vocab
+    again = head if batch.chunk and trains_head(spec) else 0
     if isinstance(spec, SSMSpec):
         forward = forward_flops(spec, batch.rows, batch.tokens, batch.labels)
-        return Flops(forward, 2 * forward)
+        return Flops(forward, 2 * forward + again)
     tokens = batch.rows * batch.tokens
-    head = batch.rows * batch.labels * 2 * lm.hidden * lm.vocab
     if not isinstance(spec, PretrainedSpec):
         forward = tokens * (2 * lm.weights + lm.squares(batch.tokens)) + head
-        return Flops(forward, 2 * forward)
+        return Flops(forward, 2 * forward + again)
     assert isinstance(lm, LMShape)
     after = batch.rows * (batch.tokens - batch.prefix)
     products, squares = _layers_flops(lm, batch, after, batch.tokens)
     before = sum(_layers_flops(lm, replace(batch, last=1), tokens - after, batch.prefix)) if batch.prefix else 0
     forward = before + products + squares + head
     adapters = _adapter_flops(spec, tokens)
-    trains_head = isinstance(spec, TimeSeriesSpec) and spec.train_lm_head
-    head_backward = head * (1 + trains_head)
+    whole_head = isinstance(spec, TimeSeriesSpec) and spec.train_lm_head
+    head_backward = head * (1 + whole_head) + again
     unused = batch.rows * batch.last * 4 * lm.hidden * lm.key  # keys and values of the last layer, twice at labels
     through_lm = products - unused + 2 * squares + head_backward + 2 * adapters
     forward += adapters
     if not isinstance(spec, TimeSeriesSpec) or not batch.series:
-        return Flops(forward, through_lm if spec.adapter else head * trains_head)
+        return Flops(forward, through_lm if spec.adapter else head * whole_head + again)
     patch_embed, trained = _encoder_flops(spec.encoder, lm.hidden, batch)
     return Flops(forward + patch_embed + trained, through_lm + patch_embed + 2 * trained)
+
+
+def trains_head(spec: Spec) -> bool:
+    """Whether anything in the head has a gradient of its own: the matrix, or adapters on it."""
+    if not isinstance(spec, PretrainedSpec):
+        return True
+    adapted = spec.adapter is not None and any(path.endswith("lm_head") for path, *_ in spec.adapter.linears)
+    return adapted or (isinstance(spec, TimeSeriesSpec) and spec.train_lm_head)
 
 
 def _layers_flops(lm: LMShape, batch: BatchShape, places: int, length: int) -> tuple[int, int]:

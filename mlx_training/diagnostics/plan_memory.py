@@ -5,7 +5,8 @@
 each is a tensor of that width. For MLX they are a non-negative least-squares fit to `mx.get_peak_memory()` of 45 random
 shapes of each family (largest error 2 % for decoders, 5 % behind a frozen LM): the graph's order of evaluation decides
 what lives together there, and attention on the CPU keeps its L x L weights. Measured on a CPU with torch 2.13 and
-MLX 0.32.4; fused attention on Metal keeps less. Logits exist at label places only.
+MLX 0.32.4; fused attention on Metal keeps less. Logits exist at label places only, of many
+labels in chunks: PyTorch has their log-softmax beside them; MLX reserves about twelve copies ahead and touches three.
 
 **Overhead** is what a process holds beyond its tensors: code and tables that the first step touches, the tokenizer, the
 rows, and above all what glibc's heap keeps of freed tensors smaller than 32 MB. PyTorch's CPU allocator goes
@@ -21,7 +22,7 @@ Llama-3.2-1B (bfloat16, torch) five runs of the same three steps peaked at 3.3 t
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-from mlx_training.diagnostics.flops import BatchShape, LMShape, Shape
+from mlx_training.diagnostics.flops import BatchShape, LMShape, Shape, trains_head
 from mlx_training.diagnostics.plan_decoder import extra_elements, stack_elements
 from mlx_training.diagnostics.plan_ssm import activation_bytes
 from mlx_training.optim import Optim
@@ -61,6 +62,7 @@ class Coefficients:
     encoder: Kept  # per layer and patch
     logits_kept: int  # copies of the logits
     logits_transient: int
+    chunks: int  # copies of the logits of a chunk: those that are under way at the same time
     loading: float  # copies of packed weights while they are read: the mapped file, and pieces of it
     copies: int  # copies of trained parameters while the update runs, beside gradients and moments
     overhead_bytes: float
@@ -75,6 +77,7 @@ COEFFICIENTS = {
         encoder=Kept(8, 2),
         logits_kept=1,
         logits_transient=3,
+        chunks=2,
         loading=1.6,
         copies=0,
         overhead_bytes=80e6,
@@ -87,6 +90,7 @@ COEFFICIENTS = {
         encoder=Kept(11, 4, scores=1),
         logits_kept=3,
         logits_transient=0,
+        chunks=3,
         loading=0.5,
         copies=3,
         overhead_bytes=45e6,
@@ -175,8 +179,9 @@ def count_memory(
     assert isinstance(lm, LMShape)
     c, trained, frozen = COEFFICIENTS[backend], spec.num_parameters * FLOAT32, isinstance(spec, PretrainedSpec)
     width = 2 if precision == "bfloat16" else 4
-    tokens, labels = batch.rows * (batch.tokens - batch.prefix), batch.rows * batch.labels
-    logits = labels * lm.vocab * FLOAT32
+    tokens = batch.rows * (batch.tokens - batch.prefix)
+    logits = _logits_bytes(spec, lm, batch, backend, c.logits_kept + c.logits_transient)
+    passing = logits if batch.chunk else logits - _logits_bytes(spec, lm, batch, backend, c.logits_kept)
     carries_gradient = not isinstance(spec, PretrainedSpec) or bool(batch.series) or spec.adapter is not None
     layers = lm.each if carries_gradient else lm.each[:1]  # without a gradient each layer's tensors go at once
     kept = [_bytes(c.layer[frozen], layer, batch.tokens, width) + FLOAT32 * layer.beside for layer in layers]
@@ -185,7 +190,7 @@ def count_memory(
         kept[-1] = everywhere + kept[-1] * min(1, batch.rows * batch.last / tokens)
     inputs = sum(width * layer.hidden for layer in layers)
     elements = _bytes(c.once[frozen], lm, batch.tokens, width) + (max(kept) + inputs if recompute else sum(kept))
-    transient = max(tokens * _bytes(c.transient, lm, batch.tokens, width) - c.logits_transient * logits, 0)
+    transient = max(tokens * _bytes(c.transient, lm, batch.tokens, width) - passing, 0)
     activations = tokens * elements + transient
     activations += batch.rows * batch.prefix * 2 * lm.num_layers * lm.key * width
     if isinstance(spec, TimeSeriesSpec):
@@ -200,7 +205,6 @@ def count_memory(
         activations = activation_bytes(spec, batch.rows, batch.tokens, backend, width)
     if isinstance(spec, PretrainedSpec) and spec.adapter:
         activations += _adapter_bytes(spec.adapter, tokens, width)
-    logits *= c.logits_kept + c.logits_transient
     step = Memory(
         weights=trained + weights.held,
         optimizer=FLOAT32 * optim.state_size(spec),
@@ -224,10 +228,18 @@ def _plain_memory(
     kept, c, trained = PLAIN[backend][form], COEFFICIENTS[backend], spec.num_parameters * FLOAT32
     elements = kept.layer * spec.num_layers * spec.hidden_size + kept.entry * entry
     activations = round(width * batch.rows * batch.tokens * elements)
-    logits = round(kept.logits * FLOAT32 * batch.rows * batch.labels * lm.vocab)
+    logits = _logits_bytes(spec, lm, batch, backend, kept.logits)
     gradients = round(kept.gradients * trained)
     state = FLOAT32 * optim.state_size(spec)
     return Memory(trained, state, gradients, activations, logits, round(c.overhead_bytes))
+
+
+def _logits_bytes(spec: Spec, lm: Shape, batch: BatchShape, backend: str, copies: float) -> int:
+    """So many copies of all logits; or those of a chunk, and its part of the gradient of the head's matrix."""
+    if not batch.chunk:
+        return round(copies * FLOAT32 * batch.rows * batch.labels * lm.vocab)
+    matrix = min(spec.num_parameters, lm.vocab * lm.hidden) if trains_head(spec) else 0
+    return FLOAT32 * (COEFFICIENTS[backend].chunks * batch.chunk * lm.vocab + matrix)
 
 
 def _adapter_bytes(adapter: AdapterSpec, tokens: int, width: int) -> int:

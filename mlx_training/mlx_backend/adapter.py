@@ -4,7 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_training.mlx_backend.layers import Dropout, Linear
+from mlx_training.mlx_backend.dropout import Dropout
+from mlx_training.mlx_backend.layers import Linear
 from mlx_training.mlx_backend.quant import dense_weight
 from mlx_training.spec import AdapterSpec
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_training.backend import Arrays, Optim, Registered, Runtime, replaced
+from mlx_training.backend import ALL_AT_ONCE, Arrays, Optim, Registered, Runtime, head_chunks, replaced
 from mlx_training.checkpoint import check_shapes
 from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
@@ -69,6 +69,7 @@ class Backend:
             model = FAMILIES[type(spec)](spec, self.dtype)
         model.spec = spec
         model.gradient_checkpointing = self.runtime.gradient_checkpointing
+        model.head_chunks = head_chunks(spec) if self.runtime.chunked_head else ALL_AT_ONCE
         return model
 
     def load(self, model: LanguageModel, arrays: Arrays) -> None:

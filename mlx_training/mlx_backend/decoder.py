@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_training.data.batch import Batch
+from mlx_training.mlx_backend.dropout import Dropout
 from mlx_training.mlx_backend.experts import Experts
 from mlx_training.mlx_backend.layers import (
     ACTIVATIONS,
     NORMS,
-    Dropout,
     KVCache,
     LanguageModel,
     Linear,
@@ -205,10 +205,12 @@ class Decoder(LanguageModel):
             places.mask = alibi(seen, self._slopes, place_L.size, place_L.size)
         return self._run(x_BLH, positions_BL, places)
 
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.model.embed_tokens if self.spec.tie_word_embeddings else self.lm_head
+
     def head(self, h: mx.array) -> mx.array:
-        tied = self.spec.tie_word_embeddings
-        logits = h @ self.model.embed_tokens.weight.astype(h.dtype).T if tied else self.lm_head(h)
-        logits = logits.astype(mx.float32)
+        logits = super().head(h) if self.spec.tie_word_embeddings else self.lm_head(h).astype(mx.float32)
         cap = self.spec.logit_softcap
         return logits if cap is None else mx.tanh(logits / cap) * cap
 

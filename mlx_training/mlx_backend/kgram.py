@@ -103,8 +103,9 @@ class Kgram(LanguageModel):
     def hidden(self, x_BLE: mx.array, batch: Batch | None = None) -> mx.array:
         return self._run(mx.concatenate([self._nothing(x_BLE), x_BLE], axis=1))
 
-    def head(self, h: mx.array) -> mx.array:
-        return (h @ self.lm_head.weight.astype(h.dtype).T).astype(mx.float32)
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.lm_head
 
     def make_cache(self, left_padding: Sequence[int]) -> KgramCache:
         """An empty cache for rows with this much padding on the left."""

@@ -3,14 +3,16 @@
 Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, N heads, K key/value heads, D head_dim.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_training.backend import ALL_AT_ONCE
 from mlx_training.data.batch import Batch
+from mlx_training.mlx_backend.chunked_head import chunked_logprobs, chunked_scores, log_softmax_at
+from mlx_training.mlx_backend.dropout import drawing_from, new_key
 
 
 class RMSNorm(nn.Module):
@@ -52,30 +54,6 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         y = x @ self.weight.astype(x.dtype).T
         return y + self.bias.astype(x.dtype) if "bias" in self else y
-
-
-_KEYS: list[mx.array] = []  # of the layers that are running, the innermost last
-
-
-@contextmanager
-def _drawing_from(key: mx.array) -> Iterator[None]:
-    """Dropout draws from this key, not from the global random state: what is computed again drops the same values."""
-    _KEYS.append(key)
-    try:
-        yield
-    finally:
-        _KEYS.pop()
-
-
-class _KeyedDropout(nn.Dropout):
-    def __call__(self, x: mx.array) -> mx.array:
-        if not _KEYS or not self.training or self._p_1 == 1:
-            return super().__call__(x)
-        _KEYS[-1], key = mx.random.split(_KEYS[-1])
-        return mx.random.bernoulli(self._p_1, x.shape, key=key) * x / self._p_1
-
-
-Dropout = _KeyedDropout
 
 
 def rotate(x_BNLD: mx.array, angles_BLD: mx.array) -> mx.array:
@@ -169,15 +147,11 @@ class KVCache:
         return copy
 
 
-def log_softmax_at(logits_BKV: mx.array, targets_BK: mx.array) -> mx.array:
-    """log p(target), (B, K)."""
-    return mx.take_along_axis(logits_BKV, targets_BK[..., None], axis=-1)[..., 0] - mx.logsumexp(logits_BKV, axis=-1)
-
-
 class LanguageModel(nn.Module):
     """What objectives and sessions ask of a model; a family says how inputs, hidden states and logits are made."""
 
     gradient_checkpointing = False
+    head_chunks = ALL_AT_ONCE
 
     def inputs(self, batch: Batch) -> mx.array:
         """Input embeddings (B, L, H)."""
@@ -190,9 +164,14 @@ class LanguageModel(nn.Module):
         """
         raise AssertionError("a family defines this")
 
-    def head(self, h: mx.array) -> mx.array:
-        """Logits (..., V), float32."""
+    @property
+    def head_layer(self) -> nn.Module:
+        """The layer, often the embedding, whose matrix (V, H) makes the logits: everything in `head` that may train."""
         raise AssertionError("a family defines this")
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits (..., V), float32; of every place alone."""
+        return (h @ self.head_layer.weight.astype(h.dtype).T).astype(mx.float32)
 
     def past(self, batch: Batch) -> mx.array | None:
         """Keys and values (2, layers, B or 1, heads, N, D) of leading places that training cannot change; None: none.
@@ -201,21 +180,27 @@ class LanguageModel(nn.Module):
         """
         return None
 
-    def label_logits(self, batch: Batch) -> mx.array:
-        """Logits at the label places, float32 (B, K, V): only those places meet the head, never (B, L, V)."""
+    def label_hidden(self, batch: Batch) -> mx.array:
+        """Final hidden states at the label places (B, K, H): only those meet the head, never all (B, L, H)."""
         h = self.hidden(self.inputs(batch), batch)
-        if batch.positions is not None:
-            h = mx.take_along_axis(h, batch.positions[..., None], axis=1)
-        return self.head(h)
+        return h if batch.positions is None else mx.take_along_axis(h, batch.positions[..., None], axis=1)
 
     def logprobs(self, batch: Batch) -> mx.array:
         """log p(target), float32 (B, K)."""
-        return log_softmax_at(self.label_logits(batch), batch.targets)
+        h_BKH, targets_BK = self.label_hidden(batch), batch.targets
+        if (size := self.head_chunks.of(targets_BK.size)) == targets_BK.size:
+            return log_softmax_at(self.head(h_BKH), targets_BK)
+        h_NH, targets_N = h_BKH.flatten(0, 1), targets_BK.flatten()
+        logprobs_N = chunked_logprobs(self.head, self.head_layer, h_NH, targets_N, size, ahead=self.training)
+        return logprobs_N.reshape(targets_BK.shape)
 
     def scored(self, batch: Batch) -> tuple[mx.array, mx.array]:
         """log p(target) and whether the target is the most probable token, both (B, K)."""
-        logits_BKV = self.label_logits(batch)
-        return log_softmax_at(logits_BKV, batch.targets), logits_BKV.argmax(-1) == batch.targets
+        h_BKH, targets_BK = self.label_hidden(batch), batch.targets
+        size = self.head_chunks.of(targets_BK.size)
+        found = chunked_scores(self.head, h_BKH.flatten(0, 1), targets_BK.flatten(), size)
+        logprobs_BK, hits_BK = (x_N.reshape(targets_BK.shape) for x_N in found)
+        return logprobs_BK, hits_BK
 
     def extend_to_last(self, x_BTH: mx.array, cache: Any) -> mx.array:
         """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
@@ -231,14 +216,14 @@ class LanguageModel(nn.Module):
         """
         if not self.training:
             return layer(*args)
-        parameters, seed = layer.trainable_parameters(), mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+        parameters, key = layer.trainable_parameters(), new_key()
 
-        def run(parameters: dict[str, Any], seed: mx.array, *args: Any) -> mx.array:
+        def run(parameters: dict[str, Any], key: mx.array, *args: Any) -> mx.array:
             layer.update(parameters)
-            with _drawing_from(mx.stop_gradient(seed)):
+            with drawing_from(mx.stop_gradient(key)):
                 return layer(*args)
 
-        output = (mx.checkpoint(run) if self.gradient_checkpointing else run)(parameters, seed, *args)
+        output = (mx.checkpoint(run) if self.gradient_checkpointing else run)(parameters, key, *args)
         layer.update(parameters)
         return output
 

@@ -171,9 +171,9 @@ class Recurrent(LanguageModel):
         h_BLH, _ = self.rnn(self.dropout(x_BLE), None, None)
         return self.dropout(h_BLH).astype(self.dtype)
 
-    def head(self, h: mx.array) -> mx.array:
-        weight = self.embed_tokens.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        return (h @ weight.astype(h.dtype).T).astype(mx.float32)
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.embed_tokens if self.spec.tie_word_embeddings else self.lm_head
 
     def make_cache(self, left_padding: Sequence[int]) -> RecurrentCache:
         """An empty cache for rows with this much padding on the left."""

@@ -263,9 +263,9 @@ class SSM(LanguageModel):
             )
         return self._run(x_BLH, mx.arange(x_BLH.shape[1])[None], Places())
 
-    def head(self, h: mx.array) -> mx.array:
-        weight = self.backbone.embeddings.weight if self.spec.tie_word_embeddings else self.lm_head.weight
-        return (h @ weight.astype(h.dtype).T).astype(mx.float32)
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.backbone.embeddings if self.spec.tie_word_embeddings else self.lm_head
 
     def make_cache(self, left_padding: Sequence[int]) -> StateCache:
         """An empty cache for rows with this much padding on the left."""

@@ -139,6 +139,10 @@ class TimeSeriesLM(PretrainedModel):
         placed_BLH = table[batch.patch_index].astype(x_BLH.dtype)
         return mx.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
 
+    @property
+    def head_layer(self) -> nn.Module:
+        return self.lm_head if self.train_lm_head else super().head_layer
+
     def head(self, h: mx.array) -> mx.array:
         if self.train_lm_head:
             return self.lm_head(h.astype(mx.float32))

@@ -295,6 +295,7 @@ CASES: list[tuple[str, str, str, str]] = [
     ("performance.trim_last_layer", "decoder", "performance.trim_last_layer=false", "error"),
     ("performance.compile", "decoder", "performance={compile: on, shard: true}", "error"),
     ("performance.shard", "rows", "performance.shard=true", "error"),
+    ("performance.chunked_head", "rows", "performance.chunked_head=false", "chunks"),
     ("training.min_lr_fraction", "rows", "training.min_lr_fraction=0.5", "rates"),
     ("training.weight_decay", "rows", "training.weight_decay=0.5", "parameters"),
     ("training.grad_clip_norm", "rows", "training.grad_clip_norm=1e-6", "parameters"),

@@ -209,6 +209,9 @@ LANGUAGE = {
         "model.decoder.fixed={block_size: 2, local_context: 6}",
     ),
     "decoder sinks": ("model.decoder={num_sinks: 3, mixers: [local], window: 6}",),
+    "decoder chunks": (),
+    "recurrent chunks": ("model.recurrent.embed_size=24",),
+    "ssm chunks": (),
     "decoder experts": ("model.decoder.experts={num_experts: 4, num_active: 2}",),
     "recurrent lstm": ("model.recurrent.embed_size=24",),
     "recurrent gru": ("model.recurrent.cell=gru", "model.recurrent.tie_word_embeddings=true"),
@@ -220,7 +223,7 @@ LANGUAGE = {
 
 
 @pytest.mark.parametrize("kind", ["timeseries", "train_lm_head", *LANGUAGE])
-def test_flops_are_those_that_torch_counts(kind: str, tiny: Path) -> None:
+def test_flops_are_those_that_torch_counts(kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -233,6 +236,8 @@ def test_flops_are_those_that_torch_counts(kind: str, tiny: Path) -> None:
         head = "true" if kind == "train_lm_head" else "false"
         # what rows share is counted for each of them
         config = load_config(tiny, [f"model.train_lm_head={head}", "performance.frozen_prefix=compute"])
+    if kind.endswith("chunks"):
+        monkeypatch.setattr(backends_module, "MAX_LOGITS", 4000)
     from mlx_training.diagnostics.subject import from_config
 
     subject = from_config(config, "torch")
@@ -249,7 +254,9 @@ def test_flops_are_those_that_torch_counts(kind: str, tiny: Path) -> None:
     is_text = kind in LANGUAGE
     llm_config = None if is_text else read_llm_config(spec.llm.directory)  # type: ignore[attr-defined]
     shape = batch_shape(batch, 1 if is_text else 4)
-    expected = count_flops(spec, lm_shape(spec, llm_config), spared(shape, spec, config.performance))
+    shape = spared(shape, spec, config.performance)
+    assert bool(shape.chunk) == kind.endswith("chunks")
+    expected = count_flops(spec, lm_shape(spec, llm_config), shape)
     assert expected.forward == pytest.approx(counted.forward, rel=0.02), (expected, counted)
     assert expected.backward == pytest.approx(counted.backward, rel=0.02), (expected, counted)
 
@@ -300,7 +307,9 @@ def test_memory_of_shipped_configurations(config: str, backend_name: str, shared
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("kind", [kind for kind in LANGUAGE if not kind.startswith("decoder")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in LANGUAGE if not kind.startswith("decoder") and not kind.endswith("chunks")]
+)
 def test_memory_of_families_without_attention(kind: str, tmp_path: Path, backend_name: str) -> None:
     family = kind.split()[0]
     (tmp_path / "config.yaml").write_text(language_config(tmp_path / "run", family))
@@ -309,6 +318,16 @@ def test_memory_of_families_without_attention(kind: str, tmp_path: Path, backend
     overrides = [o for o in LANGUAGE[kind] if "embed_size" not in o]
     more = ("training.batch_size=32", "dataset.num_samples_train=4000")
     compare(str(tmp_path / "config.yaml"), backend_name, *overrides, *wide, *more)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("family", "chunked"), [("decoder", True), ("decoder", False), ("recurrent", True)])
+def test_memory_of_many_logits(family: str, chunked: bool, tmp_path: Path, backend_name: str) -> None:
+    """4,096 labels and 40,000 words: 655 MB of logits a copy."""
+    (tmp_path / "config.yaml").write_text(language_config(tmp_path / "run", family))
+    long = (f"model.{family}.context_length=128", "model.vocab_size=40000", f"model.{family}.hidden_size=64")
+    more = ("training.batch_size=32", "dataset.num_samples_train=4000", f"performance.chunked_head={chunked}")
+    compare(str(tmp_path / "config.yaml"), backend_name, *long, *more)
 
 
 @pytest.mark.proof

@@ -113,9 +113,10 @@ def decoder_spec(preset: str, vocab: int) -> DecoderSpec:
 
 
 def sizes(keys: dict[str, Any]) -> dict[str, Any]:
-    """What a preset leaves to the configuration: as many keys as heads, and heads that fill the width."""
-    head = {"num_kv_heads": keys["num_heads"], "head_dim": keys["hidden_size"] // keys["num_heads"]}
-    return head | keys
+    """What a preset leaves to the configuration: as many keys as heads, and heads that fill their width."""
+    width = keys.get("intermediate_dim", keys["hidden_size"])
+    head = {"num_kv_heads": keys["num_heads"], "head_dim": width // keys["num_heads"]}
+    return head | {key: value for key, value in keys.items() if key != "intermediate_dim"}
 
 
 def lora(

@@ -37,6 +37,14 @@ class Bench:
         name = "-".join(f"{key}{value}" for key, value in shape.items()) or "tiny"
         return str(material.llama(self.folder / name, **shape))
 
+    def tokens(self, vocab: int) -> str:
+        """A file of random tokens."""
+        import numpy as np
+
+        file = self.folder / f"tokens{vocab}.npy"
+        np.save(file, np.random.default_rng(0).integers(0, vocab, 200_000, dtype=np.int32))
+        return str(file)
+
     def compare(self, work: str, sides: Sides, **changes: Any) -> Measured:
         """Interleaved; every row has been encoded (and every shape compiled) before the clock starts."""
         options = {"repetitions": self.repetitions, "steps": self.steps, "warm_up": 5} | changes
@@ -97,13 +105,25 @@ def limit(bench: Bench) -> list[Measured]:
 
 def pretraining(bench: Bench) -> list[Measured]:
     """A decoder from scratch: mingpt's shape (384 x 6, context 256), vocabulary 4,096, batch 4."""
-    import numpy as np
-
-    tokens = bench.folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(0, 4096, 200_000, dtype=np.int32))
-    shared = {"preset": "mingpt", "tokens": str(tokens), "vocab": 4096, "batch_size": 4}
+    shared = {"preset": "mingpt", "tokens": bench.tokens(4096), "vocab": 4096, "batch_size": 4}
     sides = {"ours (torch)": ("ours:decoder", shared), "nanoGPT-style loop": ("nanogpt:decoder", shared)}
     return [bench.compare("mingpt, float32", sides, target=">= 0.97", warm_up=2)]
+
+
+def head(bench: Bench) -> list[Measured]:
+    """Logits all at once and in chunks: mainrun's shape (256 x 6, context 256), vocabulary 16,000, batch 32."""
+    shared = {"preset": "mainrun", "tokens": bench.tokens(16_000), "vocab": 16_000, "batch_size": 32}
+    few = {"repetitions": min(bench.repetitions, 3), "steps": 1, "warm_up": 1}
+    found = []
+    for backend in bench.backends:
+        sides = {
+            f"chunked_head: {str(chunked).lower()} ({backend})": (
+                "ours:decoder", shared | {"backend": backend, "chunked_head": chunked}
+            )
+            for chunked in (False, True)
+        }  # fmt: skip
+        found.append(bench.compare("mainrun, float32", sides, target="memory <= 0.6", **few))
+    return found
 
 
 def generation(bench: Bench) -> list[Measured]:
@@ -161,6 +181,7 @@ CPU: dict[str, Table] = {
     "instruction": instruction,
     "limit": limit,
     "pretraining": pretraining,
+    "head": head,
     "padding": padding,
     "lora": lora,
     "generation": generation,
