@@ -59,6 +59,7 @@ class Step:
         self.taken = torch.zeros((), device=next(iter(self.parameters.values())).device)
         self.groups = optimizer_groups(spec)
         self._num_graphs = 0
+        self.compiles = compiles
         self._loss = torch.compile(self._sums, backend=self._compiled) if compiles else self._sums
 
     @property
@@ -95,13 +96,14 @@ class Step:
         return metrics | {"probe": self._probe(before)} if probe else metrics
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, weight = self._loss(batch.arrays())
+        rows = () if self.compiles else batch.rows  # numbers that would be compiled anew for every batch
+        loss, weight = self._loss(batch.arrays(), rows)
         if loss.requires_grad:  # not so for rows without series in front of a frozen LM
             loss.backward()
         return loss.detach(), weight
 
-    def _sums(self, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        sums = self.objective(self.model, Batch(**arrays))
+    def _sums(self, arrays: dict[str, Tensor], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        sums = self.objective(self.model, Batch(**arrays, rows=rows))
         return sums["loss"], sums["weight"]
 
     def _compiled(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

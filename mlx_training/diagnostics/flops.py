@@ -265,14 +265,13 @@ def count_flops(spec: Spec, lm: Shape, batch: BatchShape) -> Flops:
         return Flops(forward, 2 * forward + again)
     assert isinstance(lm, LMShape)
     after = batch.rows * (batch.tokens - batch.prefix)
-    products, squares = _layers_flops(lm, batch, after, batch.tokens)
-    before = sum(_layers_flops(lm, replace(batch, last=1), tokens - after, batch.prefix)) if batch.prefix else 0
+    products, squares = _layers_flops(lm, after, batch.tokens, batch.rows * batch.last or after)
+    before = sum(_layers_flops(lm, tokens - after, batch.prefix, 0))
     forward = before + products + squares + head
     adapters = _adapter_flops(spec, tokens)
     whole_head = isinstance(spec, TimeSeriesSpec) and spec.train_lm_head
     head_backward = head * (1 + whole_head) + again
-    unused = batch.rows * batch.last * 4 * lm.hidden * lm.key  # keys and values of the last layer, twice at labels
-    through_lm = products - unused + 2 * squares + head_backward + 2 * adapters
+    through_lm = products + 2 * squares + head_backward + 2 * adapters
     forward += adapters
     if not isinstance(spec, TimeSeriesSpec) or not batch.series:
         return Flops(forward, through_lm if spec.adapter else head * whole_head + again)
@@ -288,15 +287,14 @@ def trains_head(spec: Spec) -> bool:
     return adapted or (isinstance(spec, TimeSeriesSpec) and spec.train_lm_head)
 
 
-def _layers_flops(lm: LMShape, batch: BatchShape, places: int, length: int) -> tuple[int, int]:
-    """Forward operations of all layers over so many places, each of which sees `length`: products, attention."""
-    products, squares = places * 2 * lm.weights, places * lm.squares(length)
-    if not batch.last:
-        return products, squares
-    spared = places - batch.rows * batch.last  # by the last layer, but for keys and values
-    last = lm.each[-1]
-    kept = places * 4 * last.hidden * last.key
-    return products + kept - spared * 2 * last.layer_weights, squares - spared * lm.squares(length) // lm.num_layers
+def _layers_flops(lm: LMShape, places: int, length: int, at_last: int) -> tuple[int, int]:
+    """Forward operations of all layers over so many places, each of which sees `length`: products, attention.
+
+    Of the last layer `at_last` places are computed, and keys and values of the others.
+    """
+    spared, last = places - at_last, lm.each[-1]
+    products = places * 2 * lm.weights - spared * 2 * (last.layer_weights - 2 * last.hidden * last.key)
+    return products, places * lm.squares(length) - spared * lm.squares(length) // lm.num_layers
 
 
 def _adapter_flops(spec: PretrainedSpec, tokens: int) -> int:
