@@ -14,6 +14,7 @@ from mlx_training.errors import DataError
 RowT = TypeVar("RowT")
 ItemT = TypeVar("ItemT", bound=Sized)
 ItemT_contra = TypeVar("ItemT_contra", bound=Sized, contravariant=True)
+Transform = Callable[[RowT, np.random.Generator], RowT]
 
 
 class Collate(Protocol[ItemT_contra]):
@@ -33,6 +34,8 @@ class Batches(Generic[RowT, ItemT]):
     is left without a row takes one that counts nothing.
 
     `cache` keeps encoded rows (finite data that epochs repeat); switch it off for generated data.
+
+    `transform` changes a row each time it is drawn, by (seed, epoch, row); nothing is kept then.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Batches(Generic[RowT, ItemT]):
         *,
         window: int = 32,
         cache: bool = True,
+        transform: Transform[RowT] | None = None,
     ) -> None:
         if batch_size > len(dataset):
             raise DataError(
@@ -58,7 +62,8 @@ class Batches(Generic[RowT, ItemT]):
         self.collate = collate
         self.window = window
         self.share = 0, 1  # rank and number of processes
-        self._cache: dict[int, ItemT] | None = {} if cache else None
+        self.transform = transform
+        self._cache: dict[int, ItemT] | None = {} if cache and transform is None else None
         self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that was asked for last
         self._lock = threading.Lock()
@@ -87,7 +92,9 @@ class Batches(Generic[RowT, ItemT]):
 
     def item(self, row: int, epoch: int) -> ItemT:
         """A row, encoded, as an epoch draws it."""
-        return self._encoded(row)
+        if self.transform is None:
+            return self._encoded(row)
+        return self.encode(self.transform(self.dataset[row], np.random.default_rng([self.seed, epoch, 4, row])))
 
     def _build_window(self, epoch: int, window: int) -> list[list[tuple[int, ItemT]]]:
         if self._order is None or self._order[0] != epoch:
