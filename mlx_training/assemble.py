@@ -12,7 +12,9 @@ from mlx_training.checkpoint import CheckpointStore, check_shapes
 from mlx_training.checkpoint_files import MODEL, STATE, Checkpoint
 from mlx_training.config import RunConfig, load_config
 from mlx_training.config_checks import TEXT
+from mlx_training.config_dataset import Augment
 from mlx_training.config_model import PretrainedConfig, TimeSeriesConfig
+from mlx_training.data.augment import Augmentation
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
@@ -37,6 +39,7 @@ class RowData:
     tokenizer: Tokenizer
     encoder: PromptEncoder
     config: RunConfig
+    augmentation: Augmentation | None = None  # of training rows, when they are drawn
 
     @cached_property
     def splits(self) -> dict[str, Sequence[Row]]:
@@ -45,6 +48,9 @@ class RowData:
         if self.config.dataset.format != "questions":
             for rows in splits.values():
                 self._check(rows)
+            if self.augmentation is not None:
+                for row in splits["train"]:
+                    self.augmentation.check(row)
         return splits
 
     def rows(self, split: str) -> Sequence[Row]:
@@ -64,7 +70,8 @@ class RowData:
         cache = self.config.dataset.format != "questions"
         training, seed = self.config.training, self.config.experiment.seed
         rows, size, by = self.rows("train"), training.batch_size, training.batch_by
-        return Batches(rows, self.encode, size, seed, collate, batch_by=by, cache=cache)
+        transform = self.augmentation.row if self.augmentation else None
+        return Batches(rows, self.encode, size, seed, collate, batch_by=by, cache=cache, transform=transform)
 
     def eval_batches(self, split: str, batch_size: int, limit: int | None) -> Iterator[Batch]:
         """Every row of a split once (at most `limit`)."""
@@ -129,7 +136,7 @@ def assemble(config: RunConfig, run: Path | None = None) -> Assembly:
             max_patches=spec.encoder.max_patches,
             max_series=spec.encoder.max_series,
         )
-        return Assembly(config, spec, RowData(tokenizer, encoder, config))
+        return Assembly(config, spec, RowData(tokenizer, encoder, config, _augmentation(config.dataset.augment)))
     if isinstance(config.model, PretrainedConfig):
         return _assemble_pretrained(config, config.model)
     data = load_text(config, config.model, run)
@@ -232,6 +239,14 @@ def _max_length(config: RunConfig, spec: PretrainedSpec) -> int | None:
             f"learned); give at most {most}"
         )
     return given or longest_text(spec)
+
+
+def _augmentation(given: Augment | None) -> Augmentation | None:
+    if given is None:
+        return None
+    degrees = given.rotation_degrees
+    x, y, z = degrees if isinstance(degrees, tuple) else (degrees,) * 3
+    return Augmentation((x, y, z), given.scale, given.jitter)
 
 
 def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:

@@ -43,10 +43,10 @@ UNREAD = {
     "timeseries": ROWS,
     "corpus": ("dataset.sources", "dataset.cache_dir"),
     "language": (  # every family on text
-        *("dataset.normalize", "dataset.stats_in_text", "dataset.max_length", "training.batch_by"),
+        *("dataset.augment", "dataset.normalize", "dataset.stats_in_text", "dataset.max_length", "training.batch_by"),
         *("evaluation.max_new_tokens", "evaluation.save_predictions"),
     ),
-    "pretrained": (*ROWS, "dataset.normalize", "dataset.stats_in_text", "model.context_length"),  # on rows
+    "pretrained": (*ROWS, "dataset.augment", "dataset.normalize", "dataset.stats_in_text", "model.context_length"),
     "text": (
         *("dataset.num_samples_train", "dataset.num_samples_validation", "dataset.num_samples_test"),
         *("dataset.splits.group", "dataset.splits.by_group"),

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
-from mlx_training.config_section import Count, Names, Positive, Section, Seed, Text, as_tuple
+from mlx_training.config_section import Count, Fraction, Names, Positive, Rate, Section, Seed, Text, as_tuple, either
 
 Groups = Annotated[tuple[str | int, ...], as_tuple]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Degrees = Annotated[float, Field(ge=0, le=180)]
 
 
 class SplitFiles(Section):
@@ -97,6 +98,20 @@ class DatasetOptions(Section):
     """text: what stands between documents in a text file; null: a file is one document."""
 
 
+class Augment(Section):
+    """Random changes of training rows' series, drawn anew each epoch. Evaluation reads rows as they are."""
+
+    rotation_degrees: Annotated[
+        Annotated[Degrees, Tag("<number>")] | Annotated[tuple[Degrees, Degrees, Degrees], as_tuple, Tag("<axes>")],
+        either("<axes>", "<number>"),
+    ] = 0.0
+    """Turn three axes: standard deviation of the angle about each of them, or [x, y, z]. Rows of three equal series."""
+    scale: Fraction = 0.0
+    """Multiply each series by exp(z), where z has this standard deviation."""
+    jitter: Rate = 0.0
+    """Add noise of this standard deviation to each sample, in standard deviations of its series."""
+
+
 class TextSource(Section):
     """One of several sources of text."""
 
@@ -136,6 +151,8 @@ class Dataset(Section):
     """Each series to mean 0 and standard deviation 1, or left as it is."""
     stats_in_text: bool = True
     """Say each series' mean and standard deviation in its text."""
+    augment: Augment | None = None
+    """{rotation_degrees: 10, scale: 0.1, jitter: 0.05}: change training series at random; null: as they are."""
     max_length: Count | None = None
     """Most tokens a row may have, patches and answer included; null: what the LM allows."""
     packing: Literal["windows", "documents"] = "windows"

@@ -19,9 +19,10 @@ as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list)
 Names = Annotated[tuple[str, ...], as_tuple]
 
 
-def either(mapping: str, otherwise: str) -> Discriminator:
-    """Choose a union's branch by whether a mapping stands there, so that an error speaks of one branch only."""
-    return Discriminator(lambda value: mapping if isinstance(value, dict | BaseModel) else otherwise)
+def either(collection: str, otherwise: str) -> Discriminator:
+    """Choose a union's branch by whether a mapping or list stands there, so that an error speaks of one branch only."""
+    kinds = dict | list | tuple | BaseModel
+    return Discriminator(lambda value: collection if isinstance(value, kinds) else otherwise)
 
 
 class Section(BaseModel):

@@ -1,6 +1,6 @@
 """Choose a recipe for real sensors without its test: soft prompt and control, cross-validated over the other subjects.
 
-    python tools/har_folds.py [key=value ...] --data har_total_acc_train.npz --out runs/har_folds [--seed 1]
+    python tools/har_folds.py [key=value ...] --data har_total_acc_train.npz --out runs/har_folds
 
 The subjects of configs/timeseries/har.yaml that are not the test are dealt into five folds. Fold k is tested, fold
 k + 1 chooses the checkpoint, the other three train; the test subjects of the configuration are not in the file that is
@@ -21,6 +21,7 @@ from mlx_training.trainer import train
 from tools.har_report import CONFIG, configure, train_control
 
 NUM_FOLDS = 5
+MODELS = ("main", "control")
 
 
 def without_test(data: Path, out: Path) -> tuple[Path, list[int]]:
@@ -39,13 +40,15 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folds", type=int, nargs="+", default=list(range(NUM_FOLDS)), help="only these, 0 to 4")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="only these")
     parser.add_argument("overrides", nargs="*", help="key=value, as for train")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     path, subjects = without_test(given.data, given.out)
     folds = [subjects[k::NUM_FOLDS] for k in range(NUM_FOLDS)]
-    found: dict[str, list[float]] = {"main": [], "control": []}
-    for k in range(NUM_FOLDS):
+    found: dict[str, list[float]] = {name: [] for name in given.models}
+    for k in given.folds:
         groups = json.dumps({"validation": folds[(k + 1) % NUM_FOLDS], "test": folds[k]})
         for name, accuracies in found.items():
             run = given.out / f"{name}_fold{k}"

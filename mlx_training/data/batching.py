@@ -16,6 +16,7 @@ RowT = TypeVar("RowT")
 ItemT = TypeVar("ItemT", bound=Sized)
 ItemT_contra = TypeVar("ItemT_contra", bound=Sized, contravariant=True)
 BatchBy = Literal["rows", "tokens"]
+Transform = Callable[[RowT, np.random.Generator], RowT]
 
 MIN_WINDOW_BATCHES, MIN_WINDOW_ROWS = 32, 512
 
@@ -38,6 +39,8 @@ class Batches(Generic[RowT, ItemT]):
     is left without a row takes one that counts nothing.
 
     `cache` keeps encoded rows (finite data that epochs repeat); switch it off for generated data.
+
+    `transform` changes a row each time it is drawn, by (seed, epoch, row); nothing is kept then.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Batches(Generic[RowT, ItemT]):
         batch_by: BatchBy = "rows",
         window: int | None = None,
         cache: bool = True,
+        transform: Transform[RowT] | None = None,
     ) -> None:
         if batch_size > len(dataset):
             raise DataError(
@@ -65,7 +69,8 @@ class Batches(Generic[RowT, ItemT]):
         self.batch_by = batch_by
         self.window = window or max(MIN_WINDOW_BATCHES, -(-MIN_WINDOW_ROWS // batch_size))
         self.share = 0, 1  # rank and number of processes
-        self._cache: dict[int, ItemT] | None = {} if cache else None
+        self.transform = transform
+        self._cache: dict[int, ItemT] | None = {} if cache and transform is None else None
         self._window: tuple[tuple[int, int], list[list[tuple[int, ItemT]]]] | None = None
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch that was asked for last
         self._lock = threading.Lock()
@@ -94,7 +99,9 @@ class Batches(Generic[RowT, ItemT]):
 
     def item(self, row: int, epoch: int) -> ItemT:
         """A row, encoded, as an epoch draws it."""
-        return self._encoded(row)
+        if self.transform is None:
+            return self._encoded(row)
+        return self.encode(self.transform(self.dataset[row], np.random.default_rng([self.seed, epoch, 4, row])))
 
     def _build_window(self, epoch: int, window: int) -> list[list[tuple[int, ItemT]]]:
         if self._order is None or self._order[0] != epoch:

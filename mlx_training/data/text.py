@@ -1,16 +1,14 @@
 """Text for language models: streams of tokens cut into windows, and several sources mixed by weight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.data.batching import Batches
+from mlx_training.data.batching import Batches, Transform
 from mlx_training.data.packing import PackedDocuments
 from mlx_training.errors import DataError
-
-Transform = Callable[[Any, np.random.Generator], Any]
 
 
 class TextWindows(Sequence[np.ndarray]):
@@ -95,17 +93,14 @@ class Mixture(Sequence[Any]):
 
 
 class TextBatches(Batches[Any, Any]):
-    """Training batches of text; `transform` changes a row each time it is drawn, by (seed, epoch, row)."""
+    """Training batches of text."""
 
-    def __init__(self, dataset: Rows | Mixture, batch_size: int, seed: int, transform: Transform | None = None) -> None:
-        super().__init__(dataset, lambda row: row, batch_size, seed, dataset.collate, cache=False)
-        self.transform = transform
+    def __init__(
+        self, dataset: Rows | Mixture, batch_size: int, seed: int, transform: Transform[Any] | None = None
+    ) -> None:
+        super().__init__(dataset, lambda row: row, batch_size, seed, dataset.collate, cache=False, transform=transform)
 
     def order(self, epoch: int) -> np.ndarray:
         if isinstance(self.dataset, Mixture) and self.dataset.weights is not None:
             return self.dataset.order(self.seed, epoch)
         return super().order(epoch)
-
-    def item(self, row: int, epoch: int) -> Any:
-        found = self.dataset[row]
-        return self.transform(found, np.random.default_rng([self.seed, epoch, 4, row])) if self.transform else found

@@ -12,13 +12,13 @@ import numpy as np
 from mlx_training.config_model import LanguageConfig, PretrainedConfig
 from mlx_training.config_schema import RunConfig
 from mlx_training.data.batch import Batch
-from mlx_training.data.batching import eval_batches
+from mlx_training.data.batching import Transform, eval_batches
 from mlx_training.data.corpus import corpus_documents
 from mlx_training.data.fill_in_the_middle import NUM_ADDED, FillInTheMiddle
 from mlx_training.data.masking import MaskedDocuments, MaskedWindows, Masking
 from mlx_training.data.packing import PackedDocuments, warn_of_cut
 from mlx_training.data.splits import SPLITS
-from mlx_training.data.text import Mixture, Rows, TextBatches, TextWindows, Transform
+from mlx_training.data.text import Mixture, Rows, TextBatches, TextWindows
 from mlx_training.data.text_files import Document, read_documents
 from mlx_training.data.text_sources import Division, Source, TextSplits, sources_of_files
 from mlx_training.data.token_cache import TokenStream, cached_streams, encode_parts
@@ -36,7 +36,7 @@ class TextData:
     tokenizer: Tokenizer
     config: RunConfig
     streams: dict[str, list[TokenStream]]  # of every source
-    transform: Transform | None = None  # of training rows
+    transform: Transform[Any] | None = None  # of training rows
     masking: Masking | None = None  # of every row, where the objective is masked
 
     def train_batches(self) -> TextBatches:
@@ -173,7 +173,7 @@ def load_text(
                 made.append(TextWindows(stream.tokens, model.context_length))
         weights = [source.weight for source, _ in kept if source.weight is not None]
         rows[split] = made[0] if len(made) == 1 else Mixture(made, weights if split == "train" and weights else None)
-    change: Transform | None = masking.row if masking else None
+    change: Transform[Any] | None = masking.row if masking else None
     if fim:
         change = fim.row if data.packing == "documents" else fim.window
     return TextData(rows, tokenizer, config, streams, change, masking)

@@ -120,11 +120,12 @@ class Exam:
             step([self.batches[number % len(self.batches)]], step=number, lr=rates)
 
     def encoded(self, batch: Batch) -> list[tuple[Row, Encoded]]:
-        """The batch's rows and what their prompts and answers should look like."""
+        """The rows of one of `batches`, and what they should look like in its epoch."""
         data = self.row_data
         assert data is not None
-        rows = data.rows("train")
-        return [(rows[index], data.encode(rows[index])) for index in batch.rows]
+        rows, drawn = data.rows("train"), data.train_batches()
+        epoch = next(i for i, own in enumerate(self.batches) if own is batch) // drawn.num_batches
+        return [(rows[index], drawn.item(index, epoch)) for index in batch.rows]
 
 
 @contextmanager

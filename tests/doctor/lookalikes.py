@@ -196,6 +196,12 @@ def no_numeric_scale(subject: Subject) -> Subject:
 
 
 @lookalike
+def augmented_series(subject: Subject) -> Subject:
+    """Training rows are scaled and disturbed, so that they show and state other series than the file's."""
+    return rebuilt(subject, {"dataset.augment": {"scale": 0.3, "jitter": 0.2}, "dataset.stats_in_text": True})
+
+
+@lookalike
 def raw_series_on_purpose(subject: Subject) -> Subject:
     """dataset.normalize is none, and the rows are of moderate size."""
     subject = rebuilt(subject, {"dataset.normalize": "none"})

@@ -98,6 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
     arrays = {
         **{name: rng.standard_normal((32, 12, 2)) for name in ("X", "X2")},
         **{name: rng.integers(0, 2, 32) for name in ("y", "y2")},
+        "axes": np.arange(32 * 12 * 3.0).reshape(32, 12, 3),
         "labels": np.array(["down", "up"]),
         "labels2": np.array(["low", "up"]),
         "subject": np.arange(32),

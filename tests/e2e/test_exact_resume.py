@@ -1,7 +1,8 @@
 """A run that is killed, or asked to stop, at any moment and resumed is the uninterrupted run, bit for bit.
 
-Same backend, one thread on a CPU, in the middle of an epoch, with accumulation and (where the model has it) dropout:
-parameters, optimiser, logged losses, predictions. What is interrupted is the program, in processes of its own.
+Same backend, one thread on a CPU, in the middle of an epoch, with accumulation, dropout (where the model has it) and
+augmented series: parameters, optimiser, logged losses, predictions. What is interrupted is the program, in processes of
+its own.
 """
 
 import os
@@ -21,8 +22,11 @@ RUN = (
     *(f"training.max_steps={STEPS}", "training.grad_accumulation_steps=2", "training.batch_size=3"),
     *("evaluation.every_steps=9", "checkpoint.every_steps=3", "checkpoint.keep=2"),
 )
-DROPOUT = {
-    "timeseries": ("model.encoder.dropout=0.1", "model.projector.dropout=0.1"),
+RANDOM = {
+    "timeseries": (
+        *("model.encoder.dropout=0.1", "model.projector.dropout=0.1"),
+        "dataset.augment={scale: 0.2, jitter: 0.1}",
+    ),
     "recurrent": ("model.recurrent.dropout=0.1",),
     "ssm": ("model.ssm.dropout=0.1",),
 }
@@ -40,7 +44,7 @@ SIGNALS = {
 def test_interrupted_at_random_moments(tiny: Workbench, family: str) -> None:
     if family != "timeseries":
         tiny.use_language(family)
-    overrides = RUN + DROPOUT.get(family, ())
+    overrides = RUN + RANDOM.get(family, ())
     tiny.train(*overrides, "output_dir=whole")
     seed = random.SystemRandom().randrange(10**6)
     moments = random.Random(seed)

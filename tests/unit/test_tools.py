@@ -200,3 +200,10 @@ def test_folds_leave_the_test_subjects_out(
     assert set(left.tolist()) == {1, 2, 3, 4, 21, 22, 23}
     tested = [json.loads(line)["id"] for line in (tmp_path / "out/main_fold0/predictions_test.jsonl").open()]
     assert len(tested) == 24  # subjects 1 and 23: every fifth
+
+    monkeypatch.setattr(har_folds, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("sys.argv", [*argv, "--folds", "3", "0", "--models", "main"])
+    assert har_folds.main() == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[:2] == [line for k in (3, 0) for line in lines if line.startswith(f"fold {k} ") and "main:" in line]
+    assert len(again) == 3 and again[2].startswith("main 0.") and "control" not in again[2]
