@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from mlx_training.backend import Arrays, Optim, expect_names, optimizer_groups, probe_records, step_seed
 from mlx_training.data.batch import Batch
+from mlx_training.errors import BackendError
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 from torch_backend.group import Group
@@ -60,7 +61,7 @@ class Step:
         self.groups = optimizer_groups(spec)
         self._num_graphs = 0
         self.compiles = compiles
-        self._loss = torch.compile(self._sums, backend=self._compiled) if compiles else self._sums
+        self._loss = self._compile() if compiles else self._sums
 
     @property
     def num_compilations(self) -> int:
@@ -105,6 +106,25 @@ class Step:
     def _sums(self, arrays: dict[str, Tensor], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         sums = self.objective(self.model, Batch(**arrays, rows=rows))
         return sums["loss"], sums["weight"]
+
+    def _compile(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        from torch._dynamo.exc import TorchDynamoException
+
+        compiled = torch.compile(self._sums, backend=self._compiled)
+
+        def sums(arrays: dict[str, Tensor], rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            try:
+                return compiled(arrays, rows)
+            except TorchDynamoException as error:
+                cause = getattr(error, "inner_exception", error)
+                reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n", 1)[0]
+                raise BackendError(
+                    f"PyTorch could not compile this model ({reason}). Train without compiling: "
+                    "performance.compile=off. After a run that was killed while it compiled, emptying PyTorch's cache "
+                    "(TORCHINDUCTOR_CACHE_DIR, else torchinductor_<user> among temporary files) may do"
+                ) from error
+
+        return sums
 
     def _compiled(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self._num_graphs += 1

@@ -47,8 +47,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_json_list(path: Path, what: str) -> list[Any]:
     """The items of a file that is one JSON list; `what` they are, for the message."""
+    text = read_text(path)
     try:
-        items = parse_json(read_text(path))
+        items = parse_json(text)
     except ValueError as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{line}: not JSON ({what_is_wrong(error)})") from error

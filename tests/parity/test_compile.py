@@ -11,6 +11,7 @@ from mlx_training import backend as backends
 from mlx_training.backend import Optim, Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
+from mlx_training.errors import BackendError
 from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import DecoderSpec, FrozenLM, Spec, TimeSeriesSpec
@@ -58,6 +59,18 @@ def test_lengths_share_graphs(without_code: None) -> None:
     found, num_graphs = steps("torch", DECODER, batches, "on", gradient_checkpointing=True)
     assert found == pytest.approx(plain, rel=1e-6)
     assert (none, num_graphs) == (0, 2)
+
+
+def test_a_compiler_that_fails_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    import torch_backend.step
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("main.so: file too short")
+
+    monkeypatch.setattr(torch_backend.step, "_inductor", broken)
+    with pytest.raises(BackendError, match=r"could not compile .*file too short.* performance.compile=off"):
+        steps("torch", DECODER, windows(12), "on")
 
 
 @pytest.mark.proof

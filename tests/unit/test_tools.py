@@ -125,7 +125,7 @@ def har_config(windows: Path, llama: Path, run: Path, steps: int) -> RunConfig:
 
 def test_control_learns_from_its_own_rows(windows: Path, llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    result = har_report.train_control(har_config(windows, llama, tmp_path, 80), tmp_path)
+    result = har_report.train_control(har_config(windows, llama, tmp_path, 160), tmp_path)
     assert result["eval"]["rows"] == 72 and result["eval"]["chance"] == pytest.approx(1 / 6)
     assert result["eval"]["accuracy"] >= 0.9
     lines = (tmp_path / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
