@@ -288,7 +288,7 @@ def _build(config: dict[str, Any]) -> Any:
     known = {key: value for key, value in config.items() if key not in ("quantization", "model_type", "torch_dtype")}
     hf_config = AutoConfig.for_model(config["model_type"], **known)
     with _parameters_on_meta():
-        body = AutoModel.from_config(hf_config, dtype=torch.float32)
+        body = AutoModel.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
     body.layers = nn.ModuleList([Block(layer, i) for i, layer in enumerate(body.layers)])
     return body
 

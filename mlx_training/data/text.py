@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.data.batching import Batches, Transform
+from mlx_training.data.batching import MIN_WINDOW_BATCHES, Batches, Transform
 from mlx_training.data.packing import PackedDocuments
 from mlx_training.errors import DataError
 
@@ -98,7 +98,16 @@ class TextBatches(Batches[Any, Any]):
     def __init__(
         self, dataset: Rows | Mixture, batch_size: int, seed: int, transform: Transform[Any] | None = None
     ) -> None:
-        super().__init__(dataset, lambda row: row, batch_size, seed, dataset.collate, cache=False, transform=transform)
+        super().__init__(
+            dataset,
+            lambda row: row,
+            batch_size,
+            seed,
+            dataset.collate,
+            window=MIN_WINDOW_BATCHES,  # rows of one length need no wider one
+            cache=False,
+            transform=transform,
+        )
 
     def order(self, epoch: int) -> np.ndarray:
         if isinstance(self.dataset, Mixture) and self.dataset.weights is not None:
