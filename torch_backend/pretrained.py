@@ -22,7 +22,7 @@ from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
-from torch_backend.blocks import Block, Seen
+from torch_backend.blocks import Block, Seen, at_places
 from torch_backend.decoder import Decoder
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
@@ -194,7 +194,7 @@ class PretrainedModel(LanguageModel):
         if places_BK is not None and self.trim_last_layer:
             return self.lm.hidden(x_BLH, places_BK, batch.past)
         h = self.lm.hidden(x_BLH, past=batch.past)
-        return h if places_BK is None else h.gather(1, places_BK[..., None].expand(-1, -1, h.shape[-1]))
+        return h if places_BK is None else at_places(h, places_BK)
 
     @property
     def head_layer(self) -> nn.Module:

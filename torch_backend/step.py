@@ -49,10 +49,8 @@ class Step:
         self.is_sharded = any(map(is_sharded, self.leaves.values()))
         self.names = list(optim.state_shapes(spec))
         self.state: dict[str, State] = {
-            name: {
-                key: torch.zeros(
-                    p.shape if self.is_sharded else shape, device=p.device
-                )  # element by element, if sharded
+            name: {  # of a sharded parameter element by element
+                key: torch.zeros(p.shape if self.is_sharded else shape, device=p.device)
                 for key, shape in optim.state(self.table[name]).items()
             }
             for name, p in self.parameters.items()

@@ -20,7 +20,7 @@ from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
-from mlx_training.mlx_backend.blocks import Block, Seen
+from mlx_training.mlx_backend.blocks import Block, Seen, at_places
 from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.layers import KVCache, LanguageModel
 from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quantized
@@ -177,7 +177,7 @@ class PretrainedModel(LanguageModel):
         if places_BK is not None and self.trim_last_layer:
             return self.lm.hidden(x_BLH, places_BK, batch.past)
         h = self.lm.hidden(x_BLH, past=batch.past)
-        return h if places_BK is None else mx.take_along_axis(h, places_BK[..., None], axis=1)
+        return h if places_BK is None else at_places(h, places_BK)
 
     @property
     def head_layer(self) -> nn.Module:
