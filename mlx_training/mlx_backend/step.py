@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_training.backend import Arrays, Optim, expect_names, probe_records, step_seed
 from mlx_training.data.batch import Batch
@@ -102,20 +102,18 @@ class Step:
         self, parameters: Flat, states: States, sums: list[mx.array], gradients: Flat, rates: Flat
     ) -> tuple[Flat, States, dict[str, mx.array]]:
         (loss, weight), (state, taken) = sums, states
-        gradients = {name: g / weight for name, g in gradients.items()}
-        norm = mx.sqrt(sum(g.square().sum() for g in gradients.values()))
+        norm = mx.sqrt(sum(g.square().sum() for g in gradients.values())) / weight
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
+        factor = 1 / weight
         if self.optim.grad_clip_norm is not None:
-            factor = mx.minimum(self.optim.grad_clip_norm / (norm + 1e-6), 1.0)
-            gradients = {name: g * factor for name, g in gradients.items()}
-        moved, moments, now = dict(parameters), dict(state), clock(self.optim, taken + 1)
+            factor = factor * mx.minimum(self.optim.grad_clip_norm / (norm + 1e-6), 1.0)
+        moved, moments, now = dict(parameters), dict(state), clock(self.optim, taken + 1, is_finite)
         for name, param in self.table.items():
-            p, rate = parameters[name], rates[param.group]
-            moved[name], moments[name] = updated(self.optim, param, p, gradients[name], state[name], now, rate)
-        new, old = (moved, (moments, taken + 1)), (parameters, states)
-        parameters, states = tree_map(lambda new, old: mx.where(is_finite, new, old), new, old)
-        skipped = 1 - is_finite.astype(mx.float32)
-        return parameters, states, {"loss": loss / weight, "weight": weight, "grad_norm": norm, "skipped": skipped}
+            p, g, rate = parameters[name], gradients[name] * factor, rates[param.group]
+            moved[name], moments[name] = updated(self.optim, param, p, g, state[name], now, rate)
+        metrics = {"loss": loss / weight, "weight": weight, "grad_norm": norm}
+        metrics["skipped"] = 1 - is_finite.astype(mx.float32)
+        return moved, (moments, now.kept(taken + 1, taken)), metrics
 
     def _whole(
         self, parameters: Flat, states: States, arrays: dict[str, mx.array], rates: Flat
