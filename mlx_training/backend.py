@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -83,6 +83,9 @@ class Step(Protocol):
         "nonfinite", how many are NaN or infinite. A moment that the optimiser does not have is 0.
         """
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """For a while the model has the averages of its weights, where those are kept and a step has been taken."""
+
     def export(self) -> Arrays:
         """Optimiser state, float32: the arrays of `Optim.state_shapes`, zeros where no step has been taken yet.
 
@@ -90,7 +93,10 @@ class Step(Protocol):
         """
 
     def load(self, arrays: Arrays) -> None:
-        """Take over a state that `export` of either backend returned."""
+        """Take over a state that `export` of either backend returned.
+
+        Where weights are averaged, the model holds the averages by now; it gets back the weights that train.
+        """
 
 
 class Session(Protocol):

@@ -117,7 +117,8 @@ class RunConfig(Section):
     def optim(self) -> Optim:
         """The optimiser and its settings."""
         t = self.training
-        return Optim(t.optimizer, grad_clip_norm=t.grad_clip_norm, **{k: getattr(t, k) for k in OPTIM[t.optimizer]})
+        settings = {key: getattr(t, key) for key in OPTIM[t.optimizer]}
+        return Optim(t.optimizer, grad_clip_norm=t.grad_clip_norm, ema_decay=t.ema_decay, **settings)
 
     @property
     def schedule(self) -> Schedule:

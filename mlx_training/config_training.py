@@ -67,6 +67,8 @@ class Training(Section):
     """Decay of matrices, by the parameter table; how: docs/optimizers.md. null: 0.01 with adamw, lion, muon."""
     grad_clip_norm: Positive | None = 1.0
     """Global gradient norm is clipped to this; null: not clipped."""
+    ema_decay: Share | None = None
+    """The weights' mean over about 1 / (1 - ema_decay) steps is what is evaluated, saved, exported; null: no mean."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Activations of the language model; trained weights, losses, norms and optimiser state are always float32."""
     gradient_checkpointing: bool = False

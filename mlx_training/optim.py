@@ -8,6 +8,9 @@ Both backends realise the definitions in their `optimizers.py`; `diagnostics.opt
   parameter, no first moment; updates clipped at an RMS of 1, decay rate 1 - t^-0.8.
 - muon (Jordan 2024) for hidden matrices: Nesterov momentum, five Newton-Schulz steps in float32, times
   0.2 sqrt(max(rows, columns)) (Liu et al. 2025), which makes an update as large as AdamW's; all else is AdamW's.
+
+Beside any of them the weights may be averaged (Polyak & Juditsky 1992): an exponential mean over the steps taken,
+average += (weights - average) (1 - d) / (1 - d^t), which is the mean of all of them while they are few.
 """
 
 from dataclasses import dataclass
@@ -39,7 +42,7 @@ ADAFACTOR_DECAY, ADAFACTOR_CLIP = -0.8, 1.0
 
 @dataclass(frozen=True)
 class Optim:
-    """An optimiser and its settings; global-norm clipping comes before it."""
+    """An optimiser and its settings; global-norm clipping comes before it, averaging of the weights after it."""
 
     name: Name = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,6 +53,7 @@ class Optim:
     nesterov: bool = False
     alpha: float = 0.99
     muon_lr_factor: float = 1.0
+    ema_decay: float | None = None
 
     def rule(self, param: Param) -> str:
         """The name of the rule that moves a parameter: under muon, AdamW's for what is no hidden matrix."""
@@ -85,8 +89,13 @@ class Optim:
                 return {"m": shape}
 
     def state_shapes(self, spec: Spec) -> dict[str, Shape]:
-        """Every array of the exported state: "<parameter>.<key>" and "step"."""
+        """Every array of the exported state: "<parameter>.<key>" and "step".
+
+        Where weights are averaged, the averages are the model's, and the key "raw" holds the weights that train.
+        """
         kept = {name: self.state(param) for name, param in spec.params().items()}
+        if self.ema_decay is not None:
+            kept = {name: state | {"raw": spec.params()[name].shape} for name, state in kept.items()}
         return {f"{name}.{key}": shape for name, state in kept.items() for key, shape in state.items()} | {"step": ()}
 
     def state_size(self, spec: Spec) -> int:

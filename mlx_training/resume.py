@@ -29,7 +29,7 @@ except ImportError:  # not on this system: the lock file is a note, not a lock
 
 LOCK, RESULT = "train.lock", "result.json"
 # Keys that may change when a run is continued: single ones, and sections (with their dot).
-OPTIMIZER_KEY = "training.optimizer"  # another one has other state
+OPTIMIZER_KEYS = ("training.optimizer", "training.ema_decay")  # another one has other state
 LABELS = ("experiment.name", "experiment.tags", "experiment.notes", "output_dir", "logging.", "diagnostics.")
 STOPPING = ("training.early_stopping_patience", "training.early_stopping_min_delta")
 LENGTH = ("training.max_steps", "training.num_epochs")  # raised; or anything, once the run has finished
@@ -130,10 +130,12 @@ def find_checkpoint(
     changed = _changes(run, assembly.config)
     if not _touches(changed, "dataset.", "model.tokenizer") and (other := _other_rows(checkpoint, assembly)):
         changed["dataset.path"] = other  # the same name, but not the same rows
-    if OPTIMIZER_KEY in changed:
-        old, new = changed[OPTIMIZER_KEY]
+    for key in OPTIMIZER_KEYS:
+        if key not in changed:
+            continue
+        old, new = ("null" if value is None else value for value in changed[key])
         raise ConfigError(
-            f"{OPTIMIZER_KEY}: {old} -> {new}: {new} cannot go on with the state of {old}. Undo the change, or start "
+            f"{key}: {old} -> {new}: {new} cannot go on with the optimiser state of {old}. Undo the change, or start "
             f"another run from these weights: output_dir=... training.init_from={checkpoint.path}. Nothing was changed."
         )
     _check_allowed(allow_change, assembly.config, changed)
@@ -272,7 +274,7 @@ def _check_continuable(assembly: Assembly, checkpoint: Checkpoint) -> None:
     Arrays are judged by the configuration while that is the one they were trained with.
     """
     _check_state(checkpoint)
-    if not _touches(_changes(checkpoint.path.resolve().parents[1], assembly.config), "model.", OPTIMIZER_KEY):
+    if not _touches(_changes(checkpoint.path.resolve().parents[1], assembly.config), "model.", *OPTIMIZER_KEYS):
         _check_fits(assembly, checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mlx_training.evaluate import Evaluator
@@ -30,11 +31,13 @@ class TrainingSamples:
             for prompt in self.config.prompts:
                 self.generator.encode(prompt)
 
-    def write(self, step: int) -> None:
-        """Write samples, if this is a step for them."""
+    def write(self, step: int, averaged: Callable[[], AbstractContextManager[None]]) -> None:
+        """Write samples, if this is a step for them, with the weights that the model has in this context."""
         if self.config is None or step % self.config.every_steps:
             return
-        for prompt, found in zip(self.config.prompts, self.generator.texts(self.config.prompts), strict=True):
+        with averaged():
+            texts = self.generator.texts(self.config.prompts)
+        for prompt, found in zip(self.config.prompts, texts, strict=True):
             self.log.log({"step": step, "prompt": prompt, "text": found.text})
             clear = "\r\033[K" if sys.stderr.isatty() else ""  # the progress line
             print(f"{clear}step {step}  sample {prompt!r} {found.text!r}", file=sys.stderr)

@@ -143,16 +143,19 @@ def train_locked(
 
         def evaluate() -> bool:
             """Whether this is the best so far."""
-            values = share(group, evaluator.during_training())
+            with step.averaged():
+                values = share(group, evaluator.during_training())
             tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
             progress.evaluated = number
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
-            arrays = (backend.export(model), step.export()) if holds_part else ({}, {})
+            with step.averaged():
+                parameters = backend.export(model) if holds_part else {}
+            optimizer = step.export() if holds_part else {}
             if group.rank == 0:
                 state = {"progress": asdict(progress), **about}
-                writer.save(number, *arrays, state, best=best, keep=config.checkpoint.keep)
+                writer.save(number, parameters, optimizer, state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
         if cadence.evaluates(number) and progress.evaluated < number:  # interrupted between saving and evaluating
@@ -182,7 +185,7 @@ def train_locked(
                 progress.skipped, progress.seconds = guard.skipped, base_seconds + time.monotonic()
                 values = seen | {f"lr/{group}": rate for group, rate in rates.items()} | timer.read()
                 tracker.log(number, values | {"memory_gb": backend.peak_memory() / 1e9})
-            samples.write(number)
+            samples.write(number, step.averaged)
             improved = evaluates and evaluate()
             if saves and (evaluates or stopping or not guard.in_a_row):  # else the last update may have been a bad one
                 save(best=improved)

@@ -109,9 +109,10 @@ def train_control(config: RunConfig, run: Path) -> Result:
             metrics = step(micro_batches, step=number, lr=learning_rates(config, number, total_steps))
             if cadence.evaluates(number):
                 progress.loss = float(metrics["loss"])
-                values, _ = score_control(backend, model, data, config.evaluation.split, config.evaluation.max_rows)
-                if judge(config, progress, values, number):
-                    best = backend.export(model)
+                with step.averaged():
+                    values, _ = score_control(backend, model, data, config.evaluation.split, config.evaluation.max_rows)
+                    if judge(config, progress, values, number):
+                        best = backend.export(model)
     seconds = time.monotonic() - started
 
     backend.load(model, best)

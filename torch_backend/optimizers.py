@@ -126,6 +126,12 @@ RULES: dict[str, Rule] = {
 }
 
 
+def averaging(o: Optim, t: Tensor) -> Tensor:
+    """How far the averages move to the weights of step `t` (from 1)."""
+    assert o.ema_decay is not None
+    return (1 - o.ema_decay) / _filled(o.ema_decay, t)
+
+
 def _filled(beta: float, t: Tensor) -> Tensor:
     """1 - beta^t by way of expm1, as float32 has no digits left near 1."""
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)

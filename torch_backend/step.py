@@ -1,6 +1,7 @@
 """One optimiser step in PyTorch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 from torch_backend.group import Group
 from torch_backend.layers import LanguageModel
-from torch_backend.optimizers import State, clock, updated
+from torch_backend.optimizers import State, averaging, clock, updated
 from torch_backend.sharding import gathered, is_sharded, own, own_part
 
 FUSED = {"adamw": adamw, "adam": adam}
@@ -55,6 +56,7 @@ class Step:
             }
             for name, p in self.parameters.items()
         }
+        self.averages = {} if optim.ema_decay is None else {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         self.taken = torch.zeros((), device=next(iter(self.parameters.values())).device)
         self.groups = optimizer_groups(spec)
         self._num_graphs = 0
@@ -132,6 +134,8 @@ class Step:
     def _update(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
         is_fused = self.optim.name in FUSED and skipped.device.type in HONOURS_FOUND_INF
         (self._update_fused if is_fused else self._update_each)(gradients, lr, skipped)
+        for name, average in self.averages.items():
+            average.lerp_(self.parameters[name], averaging(self.optim, self.taken + 1) * (1 - skipped))
         self.taken += 1 - skipped
 
     def _update_fused(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
@@ -183,12 +187,30 @@ class Step:
         shares = self.group.sum([shares])[0].double()
         return torch.cat([shares[..., :5].norm(dim=0), shares[..., 5:].sum(0)], dim=-1)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For a while the model has the averages of its weights, if there are any."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, average in self.averages.items() if self.taken else ():
+            weights = self.parameters[name].clone()
+            self.parameters[name].copy_(average)
+            average.copy_(weights)
+
     def export(self) -> Arrays:
         """Optimiser state by canonical name; zeros where no step has been taken yet."""
         state = [(f"{name}.{key}", x, self.leaves[name]) for name, s in self.state.items() for key, x in s.items()]
+        state += [(f"{name}.raw", self.parameters[name].detach(), self.leaves[name]) for name in self.averages]
         arrays = gathered(state)
         return {**arrays, "step": np.asarray(self.taken.item(), np.float32)}
 
+    @torch.no_grad()
     def load(self, arrays: Arrays) -> None:
         """Take over a state exported by either backend."""
         expect_names(self.names, arrays, "optimiser state")
@@ -196,6 +218,9 @@ class Step:
         for name, state in self.state.items():
             for key, array in state.items():
                 array.copy_(own_part(torch.from_numpy(arrays[f"{name}.{key}"]), self.leaves[name]))
+        for name, average in self.averages.items():
+            average.copy_(self.parameters[name])
+            self.parameters[name].copy_(own_part(torch.from_numpy(arrays[f"{name}.raw"]), self.leaves[name]))
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -138,6 +138,12 @@ RULES: dict[str, Rule] = {
 }
 
 
+def averaging(o: Optim, t: mx.array) -> mx.array:
+    """How far the averages move to the weights of step `t` (from 1)."""
+    assert o.ema_decay is not None
+    return (1 - o.ema_decay) / _filled(o.ema_decay, t)
+
+
 def _filled(beta: float, t: mx.array) -> mx.array:
     """1 - beta^t by way of expm1, as float32 has no digits left near 1."""
     return -mx.expm1(t * math.log(beta)) if beta else mx.ones_like(t)

@@ -1,6 +1,7 @@
 """One optimiser step in MLX."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,12 +12,12 @@ from mlx_training.backend import Arrays, Optim, expect_names, probe_records, ste
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.group import Group
 from mlx_training.mlx_backend.layers import LanguageModel
-from mlx_training.mlx_backend.optimizers import State, clock, updated
+from mlx_training.mlx_backend.optimizers import State, averaging, clock, updated
 from mlx_training.objectives import Objective
 from mlx_training.spec import Spec
 
 Flat = dict[str, mx.array]
-States = tuple[dict[str, State], mx.array]  # of every parameter, and the number of steps taken
+States = tuple[dict[str, State], Flat, mx.array]  # of every parameter, averages if any, the number of steps taken
 
 
 class Step:
@@ -46,6 +47,8 @@ class Step:
             name: {key: mx.zeros(shape) for key, shape in optim.state(param).items()}
             for name, param in self.table.items()
         }
+        shapes = {name: param.shape for name, param in self.table.items() if optim.ema_decay is not None}
+        self.averages: Flat = {name: mx.zeros(shape) for name, shape in shapes.items()}
         self.taken = mx.array(0.0)
         self._num_traces = 0
 
@@ -67,7 +70,7 @@ class Step:
         self.model.train()
         rates = {group: mx.array(rate, mx.float32) for group, rate in lr.items()}
         arrays = [self.to_device(batch).arrays() for batch in batches]
-        parameters, states = self._parameters(), (self.state, self.taken)
+        parameters, states = self._parameters(), (self.state, self.averages, self.taken)
         before = parameters
         if len(arrays) == 1 and not probe and self.group.size == 1:
             parameters, states, metrics = self._compiled_whole(parameters, states, arrays[0], rates)
@@ -81,7 +84,7 @@ class Step:
                 summed = self.group.sum([*sums, *gradients.values()])
                 sums, gradients = summed[:2], dict(zip(gradients, summed[2:], strict=True))
             parameters, states, metrics = self._compiled_update(parameters, states, sums, gradients, rates)
-        self.state, self.taken = states
+        self.state, self.averages, self.taken = states
         self._attach(parameters)
         mx.async_eval(parameters, states, metrics)
         if not probe:
@@ -101,7 +104,7 @@ class Step:
     def _update(
         self, parameters: Flat, states: States, sums: list[mx.array], gradients: Flat, rates: Flat
     ) -> tuple[Flat, States, dict[str, mx.array]]:
-        (loss, weight), (state, taken) = sums, states
+        (loss, weight), (state, averages, taken) = sums, states
         norm = mx.sqrt(sum(g.square().sum() for g in gradients.values())) / weight
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
         factor = 1 / weight
@@ -111,9 +114,12 @@ class Step:
         for name, param in self.table.items():
             p, g, rate = parameters[name], gradients[name] * factor, rates[param.group]
             moved[name], moments[name] = updated(self.optim, param, p, g, state[name], now, rate)
+        if averages:
+            share = now.kept(averaging(self.optim, taken + 1), mx.zeros_like(taken))
+            averages = {name: average + share * (moved[name] - average) for name, average in averages.items()}
         metrics = {"loss": loss / weight, "weight": weight, "grad_norm": norm}
         metrics["skipped"] = 1 - is_finite.astype(mx.float32)
-        return moved, (moments, now.kept(taken + 1, taken)), metrics
+        return moved, (moments, averages, now.kept(taken + 1, taken)), metrics
 
     def _whole(
         self, parameters: Flat, states: States, arrays: dict[str, mx.array], rates: Flat
@@ -145,9 +151,20 @@ class Step:
     def _attach(self, parameters: Flat) -> None:
         self.model.update(tree_unflatten(list(parameters.items())))
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For a while the model has the averages of its weights, if there are any."""
+        weights = self._parameters()
+        self._attach(self.averages if self.averages and self.taken.item() else {})
+        try:
+            yield
+        finally:
+            self._attach(weights)
+
     def export(self) -> Arrays:
         """Optimiser state by canonical name; zeros where no step has been taken yet."""
         arrays = {f"{name}.{key}": np.array(x) for name, state in self.state.items() for key, x in state.items()}
+        arrays |= {f"{name}.raw": np.array(p) for name, p in self._parameters().items() if name in self.averages}
         return {**arrays, "step": np.asarray(self.taken.item(), np.float32)}
 
     def load(self, arrays: Arrays) -> None:
@@ -157,6 +174,9 @@ class Step:
         self.state = {
             name: {key: mx.array(arrays[f"{name}.{key}"]) for key in state} for name, state in self.state.items()
         }
+        if self.averages:
+            self.averages = self._parameters()
+            self._attach({name: mx.array(arrays[f"{name}.raw"]) for name in self.averages})
 
 
 def _norm(x: mx.array) -> mx.array:

@@ -306,6 +306,7 @@ CASES: list[tuple[str, str, str, str]] = [
     ("training.min_lr_fraction", "rows", "training.min_lr_fraction=0.5", "rates"),
     ("training.weight_decay", "rows", "training.weight_decay=0.5", "parameters"),
     ("training.grad_clip_norm", "rows", "training.grad_clip_norm=1e-6", "parameters"),
+    ("training.ema_decay", "rows", "training.ema_decay=0.5", "parameters"),
     ("training.precision", "rows", "training.precision=bfloat16", "losses"),
     ("training.early_stopping_patience", "early stop", "training.early_stopping_patience=2", "steps"),
     ("training.early_stopping_min_delta", "early stop", "training.early_stopping_min_delta=0", "steps"),

@@ -14,7 +14,7 @@ from mlx_training.spec import DecoderSpec
 from torch_backend.sharding import own
 
 SPEC = DecoderSpec(61, 16, 24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, context_length=16)
-OPTIM = Optim(weight_decay=0.1, grad_clip_norm=0.5)
+OPTIM = Optim(weight_decay=0.1, grad_clip_norm=0.5, ema_decay=0.5)
 
 
 class Found(NamedTuple):
@@ -24,7 +24,7 @@ class Found(NamedTuple):
     probe: dict[str, dict[str, float]]
     logits: list[np.ndarray]  # of generation
     held: tuple[int, int]  # elements of parameters and of optimiser state
-    parameters: Arrays
+    parameters: Arrays  # averaged
     state: Arrays
     gradients: Arrays
 
@@ -53,9 +53,11 @@ def trained(group: Any, batches: list[Batch]) -> Found:
     logits = [session.prefill(prompts), session.extend(np.array([1, 2, 3]))]
     state = [array for arrays in step.state.values() for array in arrays.values()]
     held = sum(own(p).numel() for p in model.parameters()), sum(array.numel() for array in state)
-    parameters, gradients = backend.export(model), backend.gradients(model, lm, batches[0])
+    raw, gradients = backend.export(model), backend.gradients(model, lm, batches[0])
+    with step.averaged():
+        parameters = backend.export(model)
     again = backend.export(model)
-    assert all((again[name] == array).all() for name, array in parameters.items())
+    assert all((again[name] == array).all() and (parameters[name] != array).any() for name, array in raw.items())
     figures = [{name: float(value) for name, value in found.items()} for found in metrics]
     return Found(figures, probe, logits, held, parameters, step.export(), gradients)
 

@@ -58,19 +58,21 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])
+@pytest.mark.parametrize("averaging", ["null", "0.7"])
 def test_interrupted_and_resumed_is_the_same_to_the_bit(
-    tiny: Workbench, step: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Workbench, step: int, averaging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a step between evaluations, at one that evaluates, and at the last."""
-    whole = tiny.train(*EIGHT, "output_dir=whole")
+    eight = *EIGHT, f"training.ema_decay={averaging}"
+    whole = tiny.train(*eight, "output_dir=whole")
     with monkeypatch.context() as patch:
         interrupt_at(step, patch, signal.SIGTERM if step == 4 else signal.SIGINT)
-        code, out, err = tiny.main("train", tiny.config, *EIGHT, "--json")
+        code, out, err = tiny.main("train", tiny.config, *eight, "--json")
     assert (code, out) == (143 if step == 4 else 130, "")
     assert f"interrupted: saved at step {step}; continue with --resume auto" in err and "Traceback" not in err
     with (tiny.run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "lo\xf0\x9f')  # torn by a kill
-    resumed = tiny.train(*EIGHT, "--resume", "auto")
+    resumed = tiny.train(*eight, "--resume", "auto")
     expected = state(Path("whole"))
     found = state(tiny.run)
     for name in found.keys() - expected.keys():  # the interruption's own checkpoint
@@ -155,10 +157,33 @@ def test_resume_auto_starts_continues_and_does_nothing_to_a_finished_run(tiny: W
     assert [record["step"] for record in metrics(tiny.run) if "loss" in record] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resume_on_the_other_backend(bench: Workbench, both_backends: list[str]) -> None:
+def test_averages_of_the_weights_are_what_is_evaluated_and_kept(tiny: Workbench) -> None:
+    """What trains is in the optimiser's state, and trains as it would without."""
+    tiny.train("output_dir=plain")
+    result = tiny.train("training.ema_decay=0.8")
+    plain, averaged = CheckpointStore("plain").load(), CheckpointStore(tiny.run).load()
+    for name, array in plain.model.items():
+        np.testing.assert_array_equal(averaged.optimizer[f"{name}.raw"], array)
+        assert (averaged.model[name] != array).any() or not array.any(), name
+    lines, other = metrics(tiny.run), metrics(Path("plain"))
+    assert [a["loss"] for a in lines if "loss" in a] == [b["loss"] for b in other if "loss" in b]
+    assert [a["eval/loss"] for a in lines if "eval/loss" in a] != [b["eval/loss"] for b in other if "eval/loss" in b]
+    best = CheckpointStore(tiny.run).best_or_latest().step
+    logged = next(line["eval/loss"] for line in lines if line["step"] == best and "eval/loss" in line)
+    tiny.train(
+        "output_dir=on", "training.max_steps=1", "training.learning_rate=1e-12", f"training.init_from={tiny.run}"
+    )
+    assert metrics(Path("on"))[-1]["eval/loss"] == pytest.approx(logged, rel=1e-5)
+    assert result["eval"] == tiny.json("evaluate", tiny.run, "--split", "test")
+    message = tiny.refused(CONFIG, "train", tiny.config, "training.max_steps=9", "--resume", "auto")
+    assert "training.ema_decay: 0.8 -> null: " in message and "init_from" in message
+
+
+@pytest.mark.parametrize("averaging", ["null", "0.7"])
+def test_resume_on_the_other_backend(bench: Workbench, averaging: str, both_backends: list[str]) -> None:
     for first, second in (both_backends, both_backends[::-1]):
         mixed = f"output_dir={first}-{second}"
-        schedule = "training.schedule=constant", "training.warmup_fraction=0"
+        schedule = "training.schedule=constant", "training.warmup_fraction=0", f"training.ema_decay={averaging}"
         bench.train("training.max_steps=4", mixed, "--backend", first, *schedule)
         result = bench.train("training.max_steps=8", mixed, "--backend", second, "--resume", "auto", *schedule)
         assert (result["backend"], result["steps"]) == (second, 8)

@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "training.momentum=0.9",
     ),
     "sinks": ("model.decoder.num_sinks=3", "model.decoder.mixers=[local, causal]", "model.decoder.window=4"),
-    "unet": ("model.decoder.num_layers=3", "model.decoder.widths=[16, 8, 16]"),
+    "unet": ("model.decoder.num_layers=3", "model.decoder.widths=[16, 8, 16]", "training.ema_decay=0.8"),
     "recurrent": ("model.recurrent.tie_word_embeddings=true",),
     "ssm": (),
     "kgram": (),
