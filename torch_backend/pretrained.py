@@ -1,11 +1,10 @@
-"""Frozen pretrained language models: transformers' model classes, driven by input embeddings.
+"""Frozen pretrained language models, driven by input embeddings.
 
 Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key/value heads, D head_dim, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
-from torch_backend.blocks import Block, Seen, at_places
+from torch_backend.blocks import Body, Linear, Seen, at_places, is_gemma
 from torch_backend.decoder import Decoder
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
@@ -41,13 +40,12 @@ class PretrainedLM(nn.Module):
         self.softcap: float | None = config.get("final_logit_softcapping")
         self.embed_scale = 1.0
         self.sliding_window: int | None = config["sliding_window"]
-        self.model = _build(config)
-        if not config["tie_word_embeddings"]:
-            self.lm_head = nn.Linear(self.hidden_size, self.vocab_size, bias=False, device="meta")
-        if config["model_type"].startswith("gemma"):
+        with torch.device("meta"):  # parameters take no memory and no initial values
+            self.model = Body(config)
+            if not config["tie_word_embeddings"]:
+                self.lm_head = Linear(self.hidden_size, self.vocab_size, bias=False)
+        if is_gemma(config):
             self.embed_scale = self.hidden_size**0.5
-            # transformers' own embedding layer multiplies by sqrt(hidden_size); `embed` does that here.
-            self.model.embed_tokens = nn.Embedding(self.vocab_size, self.hidden_size, device="meta")
 
     def embed(self, tokens_BL: Tensor) -> Tensor:
         """Input embeddings (B, L, H), exactly what `hidden` expects (Gemma's scale is applied)."""
@@ -121,9 +119,8 @@ class PretrainedLM(nn.Module):
 
     def _seen(self, x_BTH: Tensor, cache: KVCache, is_sliding: bool) -> Seen:
         num_new = x_BTH.shape[1]
-        kind = ("sliding_attention" if is_sliding else "full_attention",) if self.sliding_window else ()
         positions_BT = cache.positions(num_new).to(x_BTH.device)
-        cos_BTD, sin_BTD = self.model.rotary_emb(x_BTH, positions_BT, *kind)  # Gemma has two kinds of layers
+        cos_BTD, sin_BTD = self.model.rotation(positions_BT, x_BTH.dtype, is_sliding)
         window = self.sliding_window if is_sliding else None
         if cache.length == 0 and not cache.is_padded and num_new <= (window or num_new):
             return Seen(cache, num_new, cos_BTD, sin_BTD, "causal")
@@ -154,7 +151,7 @@ class PretrainedModel(LanguageModel):
     def hidden(self, x_BLH: Tensor, batch: Batch | None = None) -> Tensor:
         if isinstance(self.lm, Decoder):
             return self.lm.hidden(x_BLH, batch)
-        assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
+        assert batch is None or batch.segments is None, "a frozen pretrained LM cannot keep documents apart"
         return self.lm.hidden(x_BLH)
 
     @torch.no_grad()
@@ -279,30 +276,3 @@ def frozen_hash(lm: nn.Module) -> str:
 def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     return dense_weight(lm.head_layer).cpu().numpy()
-
-
-def _build(config: dict[str, Any]) -> Any:
-    """transformers' body (without a head) with our blocks; its parameters take no memory yet."""
-    from transformers import AutoConfig, AutoModel
-
-    known = {key: value for key, value in config.items() if key not in ("quantization", "model_type", "torch_dtype")}
-    hf_config = AutoConfig.for_model(config["model_type"], **known)
-    with _parameters_on_meta():
-        body = AutoModel.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
-    body.layers = nn.ModuleList([Block(layer, i) for i, layer in enumerate(body.layers)])
-    return body
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters come without memory and without initialisation; buffers (RoPE tables) are computed as usual."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register

@@ -54,7 +54,11 @@ def zscore(values: np.ndarray, stats: SeriesStats) -> np.ndarray:
 
 def pad_to(values: np.ndarray, length: int) -> np.ndarray:
     """Zeros after the last sample, up to `length`."""
-    return np.pad(values, (0, length - values.size)) if values.size < length else values
+    if values.size >= length:
+        return values
+    padded = np.zeros(length, values.dtype)
+    padded[: values.size] = values
+    return padded
 
 
 def round_up(number: int, multiple: int) -> int:

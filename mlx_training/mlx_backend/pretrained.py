@@ -138,7 +138,7 @@ class PretrainedModel(LanguageModel):
     def hidden(self, x_BLH: mx.array, batch: Batch | None = None) -> mx.array:
         if isinstance(self.lm, Decoder):
             return self.lm.hidden(x_BLH, batch)
-        assert batch is None or batch.segments is None, "the libraries' models cannot keep documents apart"
+        assert batch is None or batch.segments is None, "a frozen pretrained LM cannot keep documents apart"
         return self.lm.hidden(x_BLH)
 
     def past(self, batch: Batch) -> mx.array | None:

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_training.errors import CheckpointError, ConfigError
 from tests.parity import lm_driver
-from tests.parity.tiny_checkpoints import FAMILIES, save_tiny, save_tiny_quantized
+from tests.parity.tiny_checkpoints import FAMILIES, LINEAR_ROPE, LLAMA3_ROPE, save_tiny, save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 24))
@@ -65,16 +65,38 @@ def test_equals_transformers_eager(checkpoints, backend_name, model_type):
 
     The files carry `rope_parameters` only, which mlx-lm's Llama would read as plain RoPE.
     """
+    directory = checkpoints(model_type, "plain")
+    tokens = np.random.default_rng(2).integers(3, 96, (1, 64))
+    actual = lm_driver.logits(backend_name, lm_driver.load(backend_name, directory), tokens)
+    np.testing.assert_allclose(actual, eager_logits(directory, tokens), rtol=0, atol=1e-5)
+
+
+def eager_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
+    """Of transformers' own loading and eager attention."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    directory = checkpoints(model_type, "plain")
-    tokens = np.random.default_rng(2).integers(3, 96, (1, 64))
     reference = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     with torch.no_grad():
-        expected = reference(torch.from_numpy(tokens)).logits.numpy()
+        return reference(torch.from_numpy(tokens)).logits.numpy()
+
+
+VARIANTS = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "rope_parameters": LINEAR_ROPE},
+    "mistral": {"head_dim": 24, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen2": {"rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 1},
+    "qwen3": {"rope_parameters": LINEAR_ROPE, "rms_norm_eps": 1e-3},
+    "gemma3_text": {"rms_norm_eps": 1e-3, "num_key_value_heads": 1, "final_logit_softcapping": None},
+}
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+def test_other_settings_equal_transformers_eager(model_type, backend_name, tmp_path):
+    """What the usual checkpoint of a family leaves out: biases, other scalings of RoPE, head sizes, eps."""
+    directory = save_tiny(model_type, tmp_path / "lm", **VARIANTS[model_type])
+    tokens = np.random.default_rng(4).integers(3, 96, (2, 48))
     actual = lm_driver.logits(backend_name, lm_driver.load(backend_name, directory), tokens)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual, eager_logits(directory, tokens), rtol=0, atol=1e-5)
 
 
 def test_long_contexts_agree(checkpoints):
@@ -229,5 +251,16 @@ def test_a_model_of_mlx_lm_comes_alone(checkpoints):
         f"assert resource.getrlimit(resource.RLIMIT_NOFILE) == {limit}\n"
         "assert not {'mlx_lm', 'transformers', 'torch'} & set(sys.modules)\n"
         "from mlx_lm.utils import load\n"  # all of it, for whoever wants it
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_torch_needs_neither_transformers_nor_a_compiler(checkpoints):
+    """Each takes seconds to import, of the five between a command and its first step."""
+    code = (
+        "import sys\n"
+        "from torch_backend.pretrained import load_pretrained\n"
+        f"load_pretrained({str(checkpoints('llama', 'plain'))!r})\n"
+        "assert not {'transformers', 'torch._dynamo', 'sympy', 'scipy'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -149,7 +149,7 @@ def test_backends_import_the_left_half_only() -> None:
                 if module not in OPEN_TO_BACKENDS | {own}:
                     wrong.append(f"{path.relative_to(REPOSITORY)}:{line}: a backend may not import {module}")
             others = FRAMEWORKS & {name.split(".")[0] for _, name in imports(path)}
-            allowed = {"mlx", "mlx_lm"} if own == "mlx_backend" else {"torch", "transformers"}
+            allowed = {"mlx", "mlx_lm"} if own == "mlx_backend" else {"torch"}
             if others - allowed:
                 wrong.append(f"{path.relative_to(REPOSITORY)}: imports {', '.join(sorted(others - allowed))}")
     assert not wrong, "\n".join(wrong)

@@ -62,7 +62,6 @@ config = load_config(sys.argv[1], sys.argv[2:])
 backend = open_backend(config)
 if backend.name == "torch":
     import torch
-    importlib.import_module("transformers.models.llama.modeling_llama")
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
 else:
     importlib.import_module("mlx_lm.models.llama")
