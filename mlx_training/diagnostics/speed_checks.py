@@ -4,12 +4,17 @@ import statistics
 import time
 from typing import Any
 
+from mlx_training.backend import Step
+from mlx_training.data.batch import Batch
 from mlx_training.diagnostics.exam import Check, Exam, without_dropout
 from mlx_training.diagnostics.plan import bytes_needed
 from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
+from mlx_training.diagnostics.subject import Subject
 from mlx_training.environment import versions
 
 NUM_SHAPES = 36  # batches whose shapes are compared
+MANY_SHAPES = 0.7  # of the batches looked at that may have a shape of their own
+COMPILING_SHARE = 0.5  # of a step's time that may pass in compiling it, where many have a shape of their own
 SYNC_SHARE = 0.95  # of a step's time that may pass before it returns
 MEMORY_SHARE = 0.9  # of the machine's memory that a plan may need
 
@@ -57,24 +62,33 @@ def label_logits(exam: Exam) -> Finding:
 
 
 def shapes(exam: Exam) -> Finding:
-    """Few shapes of batches: each is compiled once."""
+    """Few shapes of batches, as each is compiled once; or many, where compiling one costs little beside a step."""
     name, subject = "shapes", exam.subject
     batches = [subject.batch(index) for index in range(NUM_SHAPES)]
-    distinct = {tuple((n, a.shape) for n, a in batch.arrays().items()) for batch in batches}
+    distinct = {tuple((n, a.shape) for n, a in batch.arrays().items()): batch for batch in batches}
     figure = f"{len(distinct)} in {len(batches)} batches"
     step = subject.new_step()
-    traces = None
-    if hasattr(step, "num_compilations") and len(distinct) < len(batches):
-        with subject.restored(), without_dropout(subject.model):
-            lr = dict.fromkeys(subject.spec.groups, 0.0)
-            for number in (1, 2, 3):
-                step([batches[0]], step=number, lr=lr)
-        traces = step.num_compilations
-        figure += f"; {traces} compilations for three steps of one shape"
-    compiles = subject.backend.name == "mlx"
-    if compiles and (len(distinct) > 0.7 * len(batches) or (traces or 0) > 2):
-        return failed(name, figure, "recompiles")
-    return passed(name, figure)
+    traces, compiles = 0, subject.backend.name == "mlx"
+    has_many = compiles and len(distinct) > MANY_SHAPES * len(batches)
+    with subject.restored(), without_dropout(subject.model):
+        if hasattr(step, "num_compilations") and len(distinct) < len(batches):
+            for _ in range(3):
+                _seconds(subject, step, batches[0])
+            traces = step.num_compilations
+            figure += f"; {traces} compilations for three steps of one shape"
+        if has_many:
+            pairs = [(_seconds(subject, step, new), _seconds(subject, step, new)) for new in [*distinct.values()][1:6]]
+            share = statistics.median(1 - again / first for first, again in pairs)
+            figure += f"; {max(share, 0.0):.0%} of the first step of a shape is compiling"
+            has_many = share > COMPILING_SHARE
+    return failed(name, figure, "recompiles") if has_many or (compiles and traces > 2) else passed(name, figure)
+
+
+def _seconds(subject: Subject, step: Step, batch: Batch) -> float:
+    """What a step takes that changes no weight, until its loss is known."""
+    started = time.perf_counter()
+    float(step([batch], step=1, lr=dict.fromkeys(subject.spec.groups, 0.0))["loss"])
+    return time.perf_counter() - started
 
 
 def host_sync(exam: Exam) -> Finding:
