@@ -108,7 +108,7 @@ VERBS: dict[str, Verb] = {
     "validate": Verb(
         "check a configuration and the files it names, without training",
         "mlx-training validate timeseries/har dataset.path=har.npz",
-        flags.config,
+        flags.with_backend,
         verbs.validate,
         _show_tree,
     ),
@@ -123,7 +123,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "parameters, FLOPs, memory and time of a configuration, before anything is built",
         "mlx-training plan timeseries/llama_3_2_1b",
-        flags.plan,
+        flags.with_backend,
         verbs.plan,
         _show_plan,
     ),

@@ -103,8 +103,8 @@ def doctor(parser: argparse.ArgumentParser) -> None:
     level.add_argument("--full", action="store_true", help="also resume, MLX = PyTorch, more rows and more steps")
 
 
-def plan(parser: argparse.ArgumentParser) -> None:
-    """`plan`."""
+def with_backend(parser: argparse.ArgumentParser) -> None:
+    """`plan` and `validate`."""
     config(parser)
     _backend(parser, "the configuration's")
 
