@@ -21,8 +21,9 @@ from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
 from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
-from torch_backend.blocks import Body, Linear, Seen, at_places, is_gemma
+from torch_backend.blocks import Seen, at_places
 from torch_backend.decoder import Decoder
+from torch_backend.layer_parts import Body, Linear, is_gemma
 from torch_backend.layers import KVCache, LanguageModel
 from torch_backend.quant import dense_weight, dequantize, keep_quantized
 

@@ -160,13 +160,13 @@ class Step:
             )
 
     def _update_each(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
-        now, keep = clock(self.optim, self.taken + 1), skipped > 0
+        now = clock(self.optim, self.taken + 1, skipped == 0)
         for name, p in self.parameters.items():
             param, state = self.table[name], self.state[name]
             new, new_state = updated(self.optim, param, p, gradients[name], state, now, lr[param.group])
-            p.copy_(torch.where(keep, p, new))
+            p.copy_(new)
             for key, array in new_state.items():
-                state[key].copy_(torch.where(keep, state[key], array))
+                state[key].copy_(array)
 
     def _probe(self, before: list[tuple[Tensor, list[Tensor]]]) -> dict[str, dict[str, float]]:
         rows = []

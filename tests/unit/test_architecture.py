@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MLX, TORCH = REPOSITORY / "mlx_training" / "mlx_backend", REPOSITORY / "torch_backend"
-TORCH_ALONE = {"sharding.py"}  # FSDP2: MLX has nothing like it
+TORCH_ALONE = {"sharding.py", "layer_parts.py"}  # MLX has nothing like FSDP2; parts of frozen layers are mlx-lm's
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 # Imports run one way: a module may import from its own room and from the rooms before it.
