@@ -1,8 +1,8 @@
-"""One spelling of a language model's `config.json` that mlx-lm and transformers read alike.
+"""One spelling of a language model's `config.json`, as both backends read it: mlx-lm's classes and our own in PyTorch.
 
-The two libraries differ in the keys they read (transformers 5 writes `rope_parameters`, most of mlx-lm knows only
-`rope_theta` and `rope_scaling` and would silently use plain RoPE), in their defaults for absent keys, and in the
-settings they implement. Here every difference is either written out or refused.
+mlx-lm and transformers, which wrote it, differ in the keys they read (transformers 5 writes `rope_parameters`, most of
+mlx-lm knows only `rope_theta` and `rope_scaling` and would silently use plain RoPE), in their defaults for absent keys,
+and in the settings they implement. Here every difference is either written out or refused.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ROPE_KEYS = {  # rope_type -> the numbers it needs
 
 @dataclass(frozen=True)
 class Family:
-    """`defaults`: transformers' values for absent keys. `fixed`: the only value that both libraries implement."""
+    """`defaults`: transformers' values for absent keys. `fixed`: the only value that both backends implement."""
 
     defaults: dict[str, Any]
     fixed: dict[str, Any]
@@ -39,7 +39,9 @@ FAMILIES = {
         _COMMON | {"attention_bias": False, "mlp_bias": False},
         {"hidden_act": "silu", "sliding_window": None},
     ),
-    "mistral": Family(_COMMON, {"hidden_act": "silu", "sliding_window": None}),
+    "mistral": Family(
+        _COMMON, {"hidden_act": "silu", "sliding_window": None, "attention_bias": False, "mlp_bias": False}
+    ),
     "qwen2": Family(_COMMON | _QWEN, {"hidden_act": "silu", "use_sliding_window": False}),
     "qwen3": Family(
         _COMMON | _QWEN | {"head_dim": 128},

@@ -83,7 +83,7 @@ def describe_llm(directory: Path) -> LLMInfo:
 
 
 def read_llm_config(directory: Path) -> dict[str, Any]:
-    """`config.json`, normalised so that mlx-lm and transformers build the same model from it.
+    """`config.json`, normalised so that both backends build the same model from it.
 
     Raises:
         CheckpointError: the directory or its `config.json` is missing or unreadable.

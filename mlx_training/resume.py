@@ -135,7 +135,7 @@ def find_checkpoint(
             continue
         old, new = ("null" if value is None else value for value in changed[key])
         raise ConfigError(
-            f"{key}: {old} -> {new}: {new} cannot go on with the optimiser state of {old}. Undo the change, or start "
+            f"{key}: {old} -> {new}: this is kept for a whole run, with the state it needs. Undo the change, or start "
             f"another run from these weights: output_dir=... training.init_from={checkpoint.path}. Nothing was changed."
         )
     _check_allowed(allow_change, assembly.config, changed)

@@ -150,9 +150,11 @@ def train_locked(
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
-            with step.averaged():
-                parameters = backend.export(model) if holds_part else {}
-            optimizer = step.export() if holds_part else {}
+            parameters, optimizer = {}, {}
+            if holds_part:
+                with step.averaged():
+                    parameters = backend.export(model)
+                optimizer = step.export()
             if group.rank == 0:
                 state = {"progress": asdict(progress), **about}
                 writer.save(number, parameters, optimizer, state, best=best, keep=config.checkpoint.keep)

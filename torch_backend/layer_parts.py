@@ -46,11 +46,12 @@ class AttentionParts(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        H, D, bias = config["hidden_size"], config["head_dim"], config.get("attention_bias", False)
+        H, D, kind = config["hidden_size"], config["head_dim"], config["model_type"]
         query_size, key_size = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
-        biased, kind = bias or config["model_type"] == "qwen2", config["model_type"]
+        bias = kind == "llama" and config["attention_bias"]  # other families do not read the key
+        biased = bias or kind == "qwen2"
         self.head_dim: int = D
-        self.scale: float = config.get("query_pre_attn_scalar", D) ** -0.5
+        self.scale: float = (config["query_pre_attn_scalar"] if is_gemma(config) else D) ** -0.5
         self.is_sliding: bool = is_gemma(config) and config["layer_types"][layer] == "sliding_attention"
         self.q_proj = Linear(H, query_size, bias=biased)
         self.k_proj = Linear(H, key_size, bias=biased)
@@ -65,7 +66,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        H, size, bias = config["hidden_size"], config["intermediate_size"], config.get("mlp_bias", False)
+        H, size = config["hidden_size"], config["intermediate_size"]
+        bias = config["model_type"] == "llama" and config["mlp_bias"]
         self.gate_proj = Linear(H, size, bias=bias)
         self.up_proj = Linear(H, size, bias=bias)
         self.down_proj = Linear(size, H, bias=bias)

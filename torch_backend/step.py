@@ -134,8 +134,10 @@ class Step:
     def _update(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
         is_fused = self.optim.name in FUSED and skipped.device.type in HONOURS_FOUND_INF
         (self._update_fused if is_fused else self._update_each)(gradients, lr, skipped)
-        for name, average in self.averages.items():
-            average.lerp_(self.parameters[name], averaging(self.optim, self.taken + 1) * (1 - skipped))
+        if self.averages:
+            share = averaging(self.optim, self.taken + 1) * (1 - skipped)
+            for name, average in self.averages.items():
+                average.lerp_(self.parameters[name], share)
         self.taken += 1 - skipped
 
     def _update_fused(self, gradients: dict[str, Tensor], lr: Mapping[str, float], skipped: Tensor) -> None:
@@ -198,7 +200,7 @@ class Step:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, average in self.averages.items() if self.taken else ():
+        for name, average in self.averages.items() if self.averages and self.taken else ():
             weights = self.parameters[name].clone()
             self.parameters[name].copy_(average)
             average.copy_(weights)

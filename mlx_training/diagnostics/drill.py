@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,13 @@ class Saved(NamedTuple):
 
     model: Arrays
     optimizer: Arrays
+
+
+def save(subject: Subject, step: Step) -> Saved:
+    """What a checkpoint holds: the weights' averages, if the step keeps some, and the state with those that train."""
+    with getattr(step, "averaged", nullcontext)():  # a step of one's own need not know of averages
+        model = subject.backend.export(subject.model)
+    return Saved(model, step.export())
 
 
 def steps(subject: Subject, step: Step, numbers: Sequence[int]) -> None:
@@ -59,7 +67,7 @@ def main() -> None:
     step = subject.new_step()
     step.load(optimizer)
     steps(subject, step, (3, 4))
-    save_file(subject.backend.export(subject.model), folder / "resumed.safetensors")
+    save_file(save(subject, step).model, folder / "resumed.safetensors")
 
 
 if __name__ == "__main__":

@@ -78,14 +78,14 @@ def resume(exam: Exam) -> Finding:
     with subject.restored():
         step = subject.new_step()
         drill.steps(subject, step, (1, 2))
-        saved = drill.Saved(backend.export(model), step.export())
+        saved = drill.save(subject, step)
         drill.steps(subject, step, (3, 4))
-        whole = backend.export(model)
+        whole = drill.save(subject, step).model
         again = subject.new_step()
         backend.load(model, saved.model)
         again.load(saved.optimizer)
         drill.steps(subject, again, (3, 4))
-        resumed = backend.export(model)
+        resumed = drill.save(subject, again).model
     finding = _continued("resume", whole, resumed, saved.model)
     if finding.status == "fail" or not exam.as_configured or subject.config is None or not subject.fresh:
         return finding

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,34 @@ def test_other_settings_equal_transformers_eager(model_type, backend_name, tmp_p
     tokens = np.random.default_rng(4).integers(3, 96, (2, 48))
     actual = lm_driver.logits(backend_name, lm_driver.load(backend_name, directory), tokens)
     np.testing.assert_allclose(actual, eager_logits(directory, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("qwen2", "attention_bias", True),
+        ("qwen2", "mlp_bias", True),
+        ("gemma3_text", "mlp_bias", True),
+        ("llama", "query_pre_attn_scalar", 64),
+    ],
+)
+def test_keys_of_other_families_say_nothing(checkpoints, backend_name, model_type, key, value, tmp_path):
+    directory = checkpoints(model_type, "plain")
+    shutil.copytree(directory, tmp_path / "lm")
+    config = json.loads((directory / "config.json").read_text())
+    (tmp_path / "lm/config.json").write_text(json.dumps(config | {key: value}))
+    with_key, without = (lm_driver.load(backend_name, path) for path in (tmp_path / "lm", directory))
+    np.testing.assert_array_equal(*(lm_driver.logits(backend_name, lm, TOKENS) for lm in (with_key, without)))
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+def test_biases_that_only_one_library_reads_are_refused(checkpoints, backend_name, key, tmp_path):
+    """mlx-lm runs Mistral as a Llama, whose biases it would look for."""
+    shutil.copytree(checkpoints("mistral", "plain"), tmp_path / "lm")
+    config = json.loads((tmp_path / "lm/config.json").read_text())
+    (tmp_path / "lm/config.json").write_text(json.dumps(config | {key: True}))
+    with pytest.raises(ConfigError, match=f"{key} = True; only False is equal on both backends"):
+        lm_driver.load(backend_name, tmp_path / "lm")
 
 
 def test_long_contexts_agree(checkpoints):
