@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quick_test: $(STAMP)  ## train and evaluate the small time-series model, a few minutes
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/mlx-training train quick_test --resume auto
+	OMP_WAIT_POLICY=PASSIVE exec $(BIN)/mlx-training train quick_test --resume auto
 
 test: $(STAMP)  ## the fast suite
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

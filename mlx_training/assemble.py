@@ -219,6 +219,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
         groups[param.group] = groups.get(param.group, 0) + param.size
     summary: dict[str, Any] = {
         "config": config.experiment.name,
+        "backend": config.backend,
         "family": config.model.family,
         "trainable_parameters": groups,
         "vocabulary": data.tokenizer.vocab_size,

@@ -102,7 +102,11 @@ class CheckpointStore:
             return read_checkpoint(path)
         except CheckpointError as error:
             good = next((other for other in reversed(self.paths()) if other != path and not verify(other)), None)
-            advice = f"The newest good one is {good}: --resume {good}" if good else "No other checkpoint here is good"
+            advice = "No other checkpoint here is good"
+            if good:
+                advice = (
+                    f"The newest good one is {good}: train --resume {good}, or read it with --checkpoint {good.name}"
+                )
             raise CheckpointError(f"{error}\n{advice}.") from error
 
     def latest_valid(self, fits: Callable[[Checkpoint], None] = lambda _: None) -> tuple[Checkpoint | None, str]:

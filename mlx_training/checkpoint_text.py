@@ -47,7 +47,10 @@ def show_diff(result: dict[str, Any]) -> str:
         lines.append("settings: not compared; a run without config.yaml")
     else:
         lines.append(f"settings: {len(result['settings'])} differ")
-        lines += [f"  {key}: {one} | {two}" for key, (one, two) in result["settings"].items()]
+        shown = {
+            key: ["null" if value is None else value for value in pair] for key, pair in result["settings"].items()
+        }
+        lines += [f"  {key}: {one} | {two}" for key, (one, two) in shown.items()]
     return "\n".join(lines)
 
 

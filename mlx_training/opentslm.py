@@ -93,7 +93,7 @@ def write_opentslm(
         part, theirs = _published(ours)
         if _canonical(part, theirs) != ours:
             raise CheckpointError(
-                f"{path}: OpenTSLM has no place for the parameter {ours}. Only a model trained with "
+                f"OpenTSLM has no place for the parameter {ours}. Only a model trained with "
                 "model.preset: opentslm-sp (no numeric_scale, norm_output or train_lm_head) can be exported."
             )
         content[part][theirs] = np.asarray(array, np.float32)
