@@ -180,10 +180,9 @@ def _line(problem: Problem, where: Mapping[KeyPath, str]) -> str:
         path = next((inside for inside in where if inside[: len(path)] == path), path)
     while path not in where:
         path = path[:-1]
-    key = ".".join(map(str, problem.path))
-    if where[path] != (stands := where.get(problem.path, where[path])):  # an override of another key made it wrong
-        key += f" ({stands})"
-    return f"{where[path]}: {key}: {problem.message}"
+    stands = where.get(problem.path, where[path])  # elsewhere, if an override of another key made this one wrong
+    place = f" ({problem.path[-1]} stands in {stands})" if stands != where[path] else ""
+    return f"{where[path]}: {'.'.join(map(str, problem.path))}: {problem.message}{place}"
 
 
 def _place(line: str) -> tuple[str, int]:
