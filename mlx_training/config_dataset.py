@@ -4,10 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from mlx_training.config_section import Count, Fraction, Names, Positive, Rate, Section, Seed, Text, as_tuple, either
+from mlx_training.config_section import (
+    Count,
+    Fraction,
+    Names,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Share,
+    Text,
+    as_tuple,
+    either,
+)
 
 Groups = Annotated[tuple[str | int, ...], as_tuple]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
 
 

@@ -130,9 +130,7 @@ def find_checkpoint(
     changed = _changes(run, assembly.config)
     if not _touches(changed, "dataset.", "model.tokenizer") and (other := _other_rows(checkpoint, assembly)):
         changed["dataset.path"] = other  # the same name, but not the same rows
-    for key in OPTIMIZER_KEYS:
-        if key not in changed:
-            continue
+    for key in (key for key in OPTIMIZER_KEYS if key in changed):
         old, new = ("null" if value is None else value for value in changed[key])
         raise ConfigError(
             f"{key}: {old} -> {new}: this is kept for a whole run, with the state it needs. Undo the change, or start "

@@ -57,8 +57,8 @@ class AttentionParts(nn.Module):
         self.k_proj = Linear(H, key_size, bias=biased)
         self.v_proj = Linear(H, key_size, bias=biased)
         self.o_proj = Linear(query_size, H, bias=bias)
-        self.q_norm = norm(config, D) if kind in ("qwen3", "gemma3_text") else None
-        self.k_norm = norm(config, D) if kind in ("qwen3", "gemma3_text") else None
+        has_norms = kind in ("qwen3", "gemma3_text")
+        self.q_norm, self.k_norm = (norm(config, D) if has_norms else None for _ in "qk")
 
 
 class MLP(nn.Module):
