@@ -40,6 +40,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), (x.shape[-1],), self.weight, self.bias, self.eps).to(x.dtype)
 
 
+ROOM = 64  # places for tokens to come that a cache makes at a time
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -99,7 +100,7 @@ def alibi(mask: Tensor | str, slopes_N: Tensor, num_queries: int, num_keys: int)
 
 
 class KVCache:
-    """Keys and values of every layer for rows that are padded on the left."""
+    """Keys and values of every layer for rows that are padded on the left; after `length` places there may be room."""
 
     def __init__(self, num_layers: int, left_padding: Sequence[int]) -> None:
         self.keys: list[Tensor | None] = [None] * num_layers
@@ -119,11 +120,22 @@ class KVCache:
 
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys and values of one layer; everything so far (B, K, S, D)."""
-        old_k, old_v = self.keys[layer], self.values[layer]
-        k = k_BKTD if old_k is None else torch.cat([old_k, k_BKTD], dim=2)
-        v = v_BKTD if old_v is None else torch.cat([old_v, v_BKTD], dim=2)
+        k, v = (self._grown(*pair) for pair in ((self.keys[layer], k_BKTD), (self.values[layer], v_BKTD)))
         self.keys[layer], self.values[layer] = k, v
-        return k, v
+        end = self.length + k_BKTD.shape[2]
+        return k[:, :, :end], v[:, :, :end]
+
+    def _grown(self, old_BKSD: Tensor | None, new_BKTD: Tensor) -> Tensor:
+        """The old places and the new; single tokens are written into room that is left for those after them."""
+        if old_BKSD is None:
+            return new_BKTD
+        end = self.length + new_BKTD.shape[2]
+        if new_BKTD.shape[2] > 1:
+            return torch.cat([old_BKSD[:, :, : self.length], new_BKTD], dim=2)
+        if old_BKSD.shape[2] < end:
+            old_BKSD = F.pad(old_BKSD, (0, 0, 0, ROOM))
+        old_BKSD[:, :, self.length : end] = new_BKTD
+        return old_BKSD
 
     def positions(self, num_new: int, *, of_keys: bool = False) -> Tensor:
         """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding.
@@ -148,6 +160,20 @@ class KVCache:
         pad_key = keys[None] < self.left_padding[:, None]
         pad_query = queries[None] < self.left_padding[:, None]
         return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]
+
+    def moved_right(self, lengths: Sequence[int]) -> "KVCache":
+        """The same of rows of these lengths that are padded at the end: padded on the left, their last places meet."""
+        longest = max(lengths)
+        moved = KVCache(len(self.keys), [longest - length for length in lengths])
+        moved.length = longest
+        rows_B1 = torch.arange(len(lengths))[:, None]
+        places_BS = (torch.arange(longest) - moved.left_padding[:, None]).clamp(min=0)
+
+        def move(x_BKSD: Tensor | None) -> Tensor | None:
+            return None if x_BKSD is None else x_BKSD.transpose(1, 2)[rows_B1, places_BS].transpose(1, 2)
+
+        moved.keys, moved.values = [*map(move, self.keys)], [*map(move, self.values)]
+        return moved
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         """A copy that holds these rows; this one stays valid."""
@@ -185,10 +211,11 @@ class LanguageModel(nn.Module):
         """Logits (..., V), float32; of every place alone."""
         return F.linear(h, self.head_layer.weight.to(h.dtype)).float()
 
-    def past(self, batch: Batch) -> Tensor | None:
+    def past(self, batch: Batch, *, shared: bool = False) -> Tensor | None:
         """Keys and values (2, layers, B or 1, heads, N, D) of leading places that training cannot change; None: none.
 
-        The batch still holds NumPy arrays.
+        `shared`: only where all rows are alike, as whoever needs no gradient gains from nothing else. The batch still
+        holds NumPy arrays.
         """
         return None
 
@@ -214,9 +241,17 @@ class LanguageModel(nn.Module):
         logprobs_BK, hits_BK = (x_N.view(targets_BK.shape) for x_N in found)
         return logprobs_BK, hits_BK
 
-    def extend_to_last(self, x_BTH: Tensor, cache: Any) -> Tensor:
-        """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
-        return self.extend(x_BTH, cache)[:, -1]
+    def read(self, batch: Batch) -> tuple[Tensor, Any]:
+        """The last hidden state of every prompt (B, H), and a cache that goes on from there.
+
+        Rows come padded at the end. They are moved to the right, so that every row's next token has the same place.
+        """
+        x_BLH, lengths_B1 = self.inputs(batch), batch.lengths[:, None]
+        padding_B1 = lengths_B1.max() - lengths_B1
+        rows_B1 = torch.arange(len(x_BLH))[:, None]
+        places_BL = (torch.arange(int(lengths_B1.max())) - padding_B1.cpu()).clamp(min=0)
+        cache = self.lm.make_cache(padding_B1[:, 0].tolist())
+        return self.lm.extend(x_BLH[rows_B1, places_BL], cache)[:, -1], cache
 
     def aux_loss(self) -> Tensor | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""

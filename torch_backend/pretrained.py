@@ -91,13 +91,6 @@ class PretrainedLM(nn.Module):
         self.model.layers[-1].remember(x_BTH, seen)
         cache.length += seen.num_new
 
-    def extend_to_last(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
-        """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
-        if x_BTH.shape[1] == 1:
-            return self.extend(x_BTH, cache)[:, 0]
-        last_B1 = x_BTH.new_full((len(x_BTH), 1), x_BTH.shape[1] - 1, dtype=torch.long)
-        return self.extend(x_BTH, cache, last_B1)[:, 0]
-
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
         return cache.select(rows)
@@ -156,13 +149,14 @@ class PretrainedModel(LanguageModel):
         return self.lm.hidden(x_BLH)
 
     @torch.no_grad()
-    def past(self, batch: Batch) -> Tensor | None:
+    def past(self, batch: Batch, *, shared: bool = False) -> Tensor | None:
         if not batch.prefix or self.frozen_prefix == "off":
             return None
         tokens = batch.tokens[:, : batch.prefix]
-        num_common = 0 if self.frozen_prefix == "compute" else common_prefix(tokens)
+        is_alone = shared and len(tokens) == 1  # nothing is read twice
+        num_common = 0 if self.frozen_prefix == "compute" or is_alone else common_prefix(tokens)
         common = self._kept_past(tokens[:1, :num_common]) if num_common else None
-        return common if num_common == batch.prefix else self._read(tokens, common)
+        return common if shared or num_common == batch.prefix else self._read(tokens, common)
 
     def _kept_past(self, tokens: np.ndarray) -> Tensor:
         """`past` of one row; a function of its tokens to the bit, so that a resumed run finds the same."""
@@ -193,6 +187,17 @@ class PretrainedModel(LanguageModel):
             return self.lm.hidden(x_BLH, places_BK, batch.past)
         h = self.lm.hidden(x_BLH, past=batch.past)
         return h if places_BK is None else at_places(h, places_BK)
+
+    def read(self, batch: Batch) -> tuple[Tensor, Any]:
+        """As in training, so that no padding need be masked; then keys and values are moved to the right."""
+        if isinstance(self.lm, Decoder):
+            return super().read(batch)
+        x_BLH, lengths_B = self.inputs(batch), batch.lengths
+        cache, num_read = self.lm.make_cache([0] * len(lengths_B)), 0
+        if batch.past is not None:
+            cache, num_read = KVCache.after(batch.past, len(lengths_B)), batch.past.shape[-2]
+        h_B1H = self.lm.extend(x_BLH[:, num_read:], cache, lengths_B[:, None] - 1 - num_read)
+        return h_B1H[:, 0], cache.moved_right(lengths_B.tolist())
 
     @property
     def head_layer(self) -> nn.Module:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlx_training.data.batch import Batch
 from torch_backend.layers import LanguageModel
@@ -21,20 +20,13 @@ class Session:
 
     @torch.no_grad()
     def prefill(self, batch: Batch) -> np.ndarray:
-        """Read the prompts, series included; next-token logits float32 (B, V).
-
-        Rows come padded at the end. They are moved to the right, so that every row's next token has the same place.
-        """
+        """Read the prompts, series included; next-token logits float32 (B, V)."""
         return within(self.model, self._prefill, batch)
 
     def _prefill(self, batch: Batch) -> np.ndarray:
-        x_BLH = self.model.inputs(self.to_device(batch))
-        self.device = x_BLH.device
-        padding = int(batch.lengths.max()) - batch.lengths
-        places_BL = np.maximum(np.arange(batch.lengths.max()) - padding[:, None], 0)
-        x_BLH = x_BLH.take_along_dim(torch.from_numpy(places_BL)[..., None].to(self.device), dim=1)
-        self.cache = self.lm.make_cache(padding.tolist())
-        return self._logits(x_BLH)
+        h_BH, self.cache = self.model.read(self.to_device(batch))
+        self.device = h_BH.device
+        return self.model.head(h_BH).cpu().numpy()
 
     @torch.no_grad()
     def extend(self, tokens: np.ndarray) -> np.ndarray:
@@ -42,14 +34,12 @@ class Session:
         return within(self.model, self._extend, tokens)
 
     def _extend(self, tokens: np.ndarray) -> np.ndarray:
-        return self._logits(self.lm.embed(torch.from_numpy(tokens).long()[:, None].to(self.device)))
+        x_B1H = self.lm.embed(torch.from_numpy(tokens).long()[:, None].to(self.device))
+        h_BH = self.lm.extend(x_B1H, self.cache)[:, 0]
+        return self.model.head(h_BH).cpu().numpy()
 
     def fork(self, rows: Sequence[int]) -> "Session":
         """A session over copies of these rows; this one stays valid."""
         session = Session(self.model, to_device=self.to_device)
         session.cache, session.device = self.lm.select(self.cache, rows), self.device
         return session
-
-    def _logits(self, x_BTH: Tensor) -> np.ndarray:
-        h_BH = self.lm.extend_to_last(x_BTH, self.cache)
-        return self.model.head(h_BH).cpu().numpy()

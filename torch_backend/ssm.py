@@ -28,7 +28,9 @@ class StateCache(KVCache):
         self.window = window
 
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = super().append(layer, k_BKTD, v_BKTD)
+        old_k, old_v = self.keys[layer], self.values[layer]
+        k = k_BKTD if old_k is None else torch.cat([old_k, k_BKTD], dim=2)
+        v = v_BKTD if old_v is None else torch.cat([old_v, v_BKTD], dim=2)
         self.keys[layer], self.values[layer] = k[:, :, -self.window :], v[:, :, -self.window :]
         return k, v
 

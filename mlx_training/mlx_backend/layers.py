@@ -39,6 +39,7 @@ class LayerNorm(nn.Module):
         return mx.fast.layer_norm(x.astype(mx.float32), self.weight, self.bias, self.eps).astype(x.dtype)
 
 
+ROOM = 64  # places for tokens to come that a cache makes at a time
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
@@ -87,7 +88,7 @@ def alibi(mask: mx.array | str, slopes_N: mx.array, num_queries: int, num_keys: 
 
 
 class KVCache:
-    """Keys and values of every layer for rows that are padded on the left."""
+    """Keys and values of every layer for rows that are padded on the left; after `length` places there may be room."""
 
     def __init__(self, num_layers: int, left_padding: Sequence[int]) -> None:
         self.keys: list[mx.array | None] = [None] * num_layers
@@ -107,11 +108,22 @@ class KVCache:
 
     def append(self, layer: int, k_BKTD: mx.array, v_BKTD: mx.array) -> tuple[mx.array, mx.array]:
         """Append new keys and values of one layer; everything so far (B, K, S, D)."""
-        old_k, old_v = self.keys[layer], self.values[layer]
-        k = k_BKTD if old_k is None else mx.concatenate([old_k, k_BKTD], axis=2)
-        v = v_BKTD if old_v is None else mx.concatenate([old_v, v_BKTD], axis=2)
+        k, v = (self._grown(*pair) for pair in ((self.keys[layer], k_BKTD), (self.values[layer], v_BKTD)))
         self.keys[layer], self.values[layer] = k, v
-        return k, v
+        end = self.length + k_BKTD.shape[2]
+        return k[:, :, :end], v[:, :, :end]
+
+    def _grown(self, old_BKSD: mx.array | None, new_BKTD: mx.array) -> mx.array:
+        """The old places and the new; single tokens are written into room that is left for those after them."""
+        if old_BKSD is None:
+            return new_BKTD
+        end = self.length + new_BKTD.shape[2]
+        if new_BKTD.shape[2] > 1:
+            return mx.concatenate([old_BKSD[:, :, : self.length], new_BKTD], axis=2)
+        if old_BKSD.shape[2] < end:
+            old_BKSD = mx.pad(old_BKSD, [(0, 0), (0, 0), (0, ROOM), (0, 0)])
+        old_BKSD[:, :, self.length : end] = new_BKTD
+        return old_BKSD
 
     def positions(self, num_new: int, *, of_keys: bool = False) -> mx.array:
         """Each row's own positions of the next `num_new` tokens (B, T), or of all keys then; 0 in the padding.
@@ -136,6 +148,19 @@ class KVCache:
         pad_key = keys[None] < self.left_padding[:, None]
         pad_query = queries[None] < self.left_padding[:, None]
         return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]
+
+    def moved_right(self, lengths: Sequence[int]) -> "KVCache":
+        """The same of rows of these lengths that are padded at the end: padded on the left, their last places meet."""
+        longest = max(lengths)
+        moved = KVCache(len(self.keys), [longest - length for length in lengths])
+        moved.length = longest
+        places_BS = mx.maximum(mx.arange(longest) - moved.left_padding[:, None], 0)
+
+        def move(x_BKSD: mx.array | None) -> mx.array | None:
+            return None if x_BKSD is None else mx.take_along_axis(x_BKSD, places_BS[:, None, :, None], axis=2)
+
+        moved.keys, moved.values = [*map(move, self.keys)], [*map(move, self.values)]
+        return moved
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         """A copy that holds these rows; this one stays valid."""
@@ -173,10 +198,11 @@ class LanguageModel(nn.Module):
         """Logits (..., V), float32; of every place alone."""
         return (h @ self.head_layer.weight.astype(h.dtype).T).astype(mx.float32)
 
-    def past(self, batch: Batch) -> mx.array | None:
+    def past(self, batch: Batch, *, shared: bool = False) -> mx.array | None:
         """Keys and values (2, layers, B or 1, heads, N, D) of leading places that training cannot change; None: none.
 
-        The batch still holds NumPy arrays.
+        `shared`: only where all rows are alike, as whoever needs no gradient gains from nothing else. The batch still
+        holds NumPy arrays.
         """
         return None
 
@@ -202,9 +228,16 @@ class LanguageModel(nn.Module):
         logprobs_BK, hits_BK = (x_N.reshape(targets_BK.shape) for x_N in found)
         return logprobs_BK, hits_BK
 
-    def extend_to_last(self, x_BTH: mx.array, cache: Any) -> mx.array:
-        """The last hidden state (B, H) after new tokens; the cache grows. Rows are padded on the left."""
-        return self.extend(x_BTH, cache)[:, -1]
+    def read(self, batch: Batch) -> tuple[mx.array, Any]:
+        """The last hidden state of every prompt (B, H), and a cache that goes on from there.
+
+        Rows come padded at the end. They are moved to the right, so that every row's next token has the same place.
+        """
+        x_BLH, lengths_B1 = self.inputs(batch), batch.lengths[:, None]
+        padding_B1 = lengths_B1.max() - lengths_B1
+        places_BL = mx.maximum(mx.arange(lengths_B1.max().item()) - padding_B1, 0)
+        cache = self.lm.make_cache(padding_B1[:, 0].tolist())
+        return self.lm.extend(mx.take_along_axis(x_BLH, places_BL[..., None], axis=1), cache)[:, -1], cache
 
     def aux_loss(self) -> mx.array | float:
         """What the last forward pass adds to the loss of a token, as balancing experts does."""

@@ -18,27 +18,17 @@ class Session:
         self.cache: Any = None
 
     def prefill(self, batch: Batch) -> np.ndarray:
-        """Read the prompts, series included; next-token logits float32 (B, V).
-
-        Rows come padded at the end. They are moved to the right, so that every row's next token has the same place.
-        """
-        x_BLH = self.model.inputs(self.to_device(batch))
-        padding = int(batch.lengths.max()) - batch.lengths
-        places_BL = np.maximum(np.arange(batch.lengths.max()) - padding[:, None], 0)
-        x_BLH = mx.take_along_axis(x_BLH, mx.array(places_BL)[..., None], axis=1)
-        self.cache = self.lm.make_cache(padding.tolist())
-        return self._logits(x_BLH)
+        """Read the prompts, series included; next-token logits float32 (B, V)."""
+        h_BH, self.cache = self.model.read(self.to_device(batch))
+        return np.array(self.model.head(h_BH))
 
     def extend(self, tokens: np.ndarray) -> np.ndarray:
         """Append one token (B,) to every row; next-token logits float32 (B, V)."""
-        return self._logits(self.lm.embed(mx.array(tokens)[:, None]))
+        h_BH = self.lm.extend(self.lm.embed(mx.array(tokens)[:, None]), self.cache)[:, 0]
+        return np.array(self.model.head(h_BH))
 
     def fork(self, rows: Sequence[int]) -> "Session":
         """A session over copies of these rows; this one stays valid."""
         session = Session(self.model, to_device=self.to_device)
         session.cache = self.lm.select(self.cache, rows)
         return session
-
-    def _logits(self, x_BTH: mx.array) -> np.ndarray:
-        h_BH = self.lm.extend_to_last(x_BTH, self.cache)
-        return np.array(self.model.head(h_BH))

@@ -27,7 +27,9 @@ class StateCache(KVCache):
         self.window = window
 
     def append(self, layer: int, k_BKTD: mx.array, v_BKTD: mx.array) -> tuple[mx.array, mx.array]:
-        k, v = super().append(layer, k_BKTD, v_BKTD)
+        old_k, old_v = self.keys[layer], self.values[layer]
+        k = k_BKTD if old_k is None else mx.concatenate([old_k, k_BKTD], axis=2)
+        v = v_BKTD if old_v is None else mx.concatenate([old_v, v_BKTD], axis=2)
         self.keys[layer], self.values[layer] = k[:, :, -self.window :], v[:, :, -self.window :]
         return k, v
 

@@ -2,15 +2,22 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from mlx_training.backend import PACKAGES
+from mlx_training.backend import PACKAGES, Runtime
 
 
 def load(backend: str, directory: Path, **options: Any) -> Any:
     return importlib.import_module(f"{PACKAGES[backend]}.pretrained").load_pretrained(directory, **options)
+
+
+def model_around(backend: str, lm: Any, **runtime: Any) -> Any:
+    """A text-only model around a PretrainedLM, nothing in it trained."""
+    spec: Any = SimpleNamespace(adapter=None, llm=SimpleNamespace(decoder=None))
+    return module(backend, "pretrained").PretrainedModel(spec, lm, Runtime(**runtime))
 
 
 def module(backend: str, name: str) -> Any:

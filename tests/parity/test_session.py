@@ -1,7 +1,7 @@
 """Sessions: what is decoded token by token, in any company, is what the whole forward pass gives."""
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,8 +44,8 @@ def lm(backend_name, checkpoint):
 
 @pytest.fixture
 def new_session(backend_name, lm):
-    model = SimpleNamespace(lm=lm, inputs=lambda batch: lm.embed(batch.tokens), head=lm.head, eval=lambda: None)
-    return lambda: get(backend_name).session(model)
+    model = lm if isinstance(lm, lm_driver.module(backend_name, "layers").LanguageModel) else None
+    return lambda: get(backend_name).session(model or lm_driver.model_around(backend_name, lm))
 
 
 def _rows() -> list[np.ndarray]:
@@ -63,9 +63,9 @@ def _prompts(rows: list[np.ndarray]) -> Batch:
     return Batch(tokens, none.astype(np.int32), none.astype(np.float32), lengths)
 
 
-def _decode(session, rows: list[np.ndarray]) -> np.ndarray:
+def _decode(session, rows: list[np.ndarray], prompts: Batch | None = None) -> np.ndarray:
     """Logits after the prompt and after each of the four known tokens (B, 5, V)."""
-    steps = [session.prefill(_prompts(rows))]
+    steps = [session.prefill(prompts or _prompts(rows))]
     steps += [session.extend(np.array([row[i] for row in rows])) for i in range(-4, 0)]
     return np.stack(steps, axis=1)
 
@@ -84,6 +84,42 @@ def test_a_row_does_not_depend_on_its_neighbours(new_session):
     together = _decode(new_session(), rows)
     for row, expected in zip(rows, together, strict=True):
         np.testing.assert_allclose(_decode(new_session(), [row])[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", PRETRAINED, indirect=True)
+def test_what_prompts_begin_with_is_read_once(backend_name, lm):
+    rng = np.random.default_rng(6)
+    instruction = rng.integers(3, 96, 17)
+    rows = [np.concatenate([instruction, rng.integers(3, 96, length + 4)]).astype(np.int32) for length in LENGTHS]
+    prompts, decoded = replace(_prompts(rows), prefix=16), {}
+    for setting, num_kept in {"off": 0, "compute": 0, "reuse": 1}.items():
+        model = lm_driver.model_around(backend_name, lm, frozen_prefix=setting)
+        decoded[setting] = _decode(get(backend_name).session(model), rows, prompts)
+        assert len(model._kept) == num_kept
+        get(backend_name).session(model).prefill(replace(_prompts(rows[:1]), prefix=16))
+        assert len(model._kept) == num_kept  # a row alone has nobody to share with
+    np.testing.assert_array_equal(decoded["compute"], decoded["off"])
+    np.testing.assert_allclose(decoded["reuse"], decoded["off"], rtol=0, atol=1e-5)
+    for row, actual in zip(rows, decoded["reuse"], strict=True):
+        expected = lm_driver.logits(backend_name, lm, row[None])[0, -5:]
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", PRETRAINED, indirect=True)
+def test_beyond_the_room_of_a_cache(backend_name, lm, new_session):
+    """150 tokens one by one, half of the rows leaving on the way: room is made three times, and taken along."""
+    rng = np.random.default_rng(7)
+    rows = [rng.integers(3, 96, length + 150).astype(np.int32) for length in LENGTHS]
+    session, staying = new_session(), list(range(len(rows)))
+    session.prefill(_prompts([row[: length + 4] for row, length in zip(rows, LENGTHS, strict=True)]))
+    for place in range(150):
+        if place == 80:
+            staying = [2, 0]
+            session = session.fork(staying)
+        logits = session.extend(np.array([rows[b][LENGTHS[b] + place] for b in staying]))
+    for actual, b in zip(logits, staying, strict=True):
+        expected = lm_driver.logits(backend_name, lm, rows[b][None])[0, -1]
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_fork_leaves_the_parent_valid(new_session):

@@ -1,7 +1,6 @@
 """A trained model that nobody here made: logits, greedy text and mean loss as its authors' weights give them."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,9 +35,7 @@ def tokenizer(directory):
 
 def _session(backend: str, lm):
     """A text-only model around a pretrained LM."""
-    backend = get(backend)
-    model = SimpleNamespace(lm=lm, inputs=lambda batch: lm.embed(batch.tokens), head=lm.head, eval=lambda: None)
-    return backend.session(model)
+    return get(backend).session(lm_driver.model_around(backend, lm))
 
 
 def _prompts(ids: list[list[int]]) -> Batch:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_training import backend as backends
-from mlx_training.assemble import RowData, assemble
+from mlx_training.assemble import RowData, load_run
 from mlx_training.backend import Optim, Runtime
-from mlx_training.config import load_config
 from mlx_training.config_presets import PRESETS
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import BatchBy, Batches, eval_batches
 from mlx_training.data.collate import collate
 from mlx_training.data.prompt import PromptEncoder
+from mlx_training.data.rows import Row
 from mlx_training.data.text import TextBatches, TextWindows
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.generate import Generator
@@ -148,23 +148,26 @@ def lora(
     return Epochs(training, batches.num_batches, [material.text_row(t) for t in held_out], encode)
 
 
-def generation(config: str, num_rows: int, batch_size: int, backend: str = "torch") -> Run:
-    """Answers to rows of a configuration's test split, as its evaluation asks for them; the encoder is untrained."""
-    chosen, loaded = backends.get(backend, Runtime(device="cpu")), load_config(config, [])
-    assembly = assemble(loaded)
-    assert isinstance(assembly.data, RowData)
-    model = chosen.build(assembly.spec)
-    chosen.load(model, chosen.export(model) | initialise(assembly.spec, 0))
-    sampling = Sampling(max_new_tokens=loaded.evaluation.max_new_tokens)
-    generator = Generator(chosen, model, assembly.data.tokenizer, sampling, batch_size)
-    rows = [assembly.data.rows("test")[i] for i in range(num_rows)]
+def questions(run: str, backend: str) -> tuple[Any, list[Row]]:
+    """A run on another backend, and the rows of its test split."""
+    loaded = load_run(Path(run), backend, device="cpu")
+    assert isinstance(loaded.data, RowData)
+    rows = loaded.data.rows("test")
+    return loaded, [rows[i] for i in range(len(rows))]
 
-    def run(steps: int) -> dict[str, float]:
+
+def evaluation(run: str, batch_size: int, backend: str = "torch") -> Run:
+    """Answers to the test split of a trained run, as its evaluation asks for them."""
+    loaded, rows = questions(run, backend)
+    sampling = Sampling(max_new_tokens=loaded.config.evaluation.max_new_tokens)
+    generator = Generator(loaded.backend, loaded.model, loaded.data.tokenizer, sampling, batch_size)
+
+    def take(steps: int) -> dict[str, float]:
         for _ in range(steps):
-            generator.answers(rows, assembly.data.encode_prompt)  # type: ignore[union-attr]  # asserted above
+            generator.answers(rows, loaded.data.encode_prompt)
         return {}
 
-    return run
+    return take
 
 
 def reasoning(llm: str, rows: dict[str, Any], batch_size: int, new_tokens: int, backend: str = "torch") -> Run:
