@@ -40,7 +40,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), (x.shape[-1],), self.weight, self.bias, self.eps).to(x.dtype)
 
 
-ROOM = 64  # places for tokens to come that a cache makes at a time
+ROOM = 16  # places for tokens to come that a cache makes at a time
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -167,7 +167,7 @@ class KVCache:
         moved = KVCache(len(self.keys), [longest - length for length in lengths])
         moved.length = longest
         rows_B1 = torch.arange(len(lengths))[:, None]
-        places_BS = (torch.arange(longest) - moved.left_padding[:, None]).clamp(min=0)
+        places_BS = (torch.arange(longest + ROOM) - moved.left_padding[:, None]).clamp(0, self.length - 1)
 
         def move(x_BKSD: Tensor | None) -> Tensor | None:
             return None if x_BKSD is None else x_BKSD.transpose(1, 2)[rows_B1, places_BS].transpose(1, 2)

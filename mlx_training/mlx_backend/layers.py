@@ -39,7 +39,7 @@ class LayerNorm(nn.Module):
         return mx.fast.layer_norm(x.astype(mx.float32), self.weight, self.bias, self.eps).astype(x.dtype)
 
 
-ROOM = 64  # places for tokens to come that a cache makes at a time
+ROOM = 16  # places for tokens to come that a cache makes at a time
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
@@ -154,7 +154,7 @@ class KVCache:
         longest = max(lengths)
         moved = KVCache(len(self.keys), [longest - length for length in lengths])
         moved.length = longest
-        places_BS = mx.maximum(mx.arange(longest) - moved.left_padding[:, None], 0)
+        places_BS = mx.clip(mx.arange(longest + ROOM) - moved.left_padding[:, None], 0, self.length - 1)
 
         def move(x_BKSD: mx.array | None) -> mx.array | None:
             return None if x_BKSD is None else mx.take_along_axis(x_BKSD, places_BS[:, None, :, None], axis=2)
