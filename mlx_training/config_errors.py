@@ -172,15 +172,17 @@ def _words(node: Schema, schema: Schema) -> str:
 def _unknown_key(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
     name, parent = str(path[-1]), path[:-1]
     siblings = [key for node in _nodes(schema, parent, data) for key in node.get("properties", ())]
-    message = f"unknown key; allowed here: {', '.join(siblings)}"
+    allowed_here = f"allowed here: {', '.join(siblings)}"
     if parent == ("model",) and (owners := _families_with(name, schema)):
         given = _lookup(data, ("model", "family"))[1]
-        return f"{message}; it belongs to the family {' or '.join(owners)}, and model.family is {given}"
-    if close := get_close_matches(name, siblings, 1):
-        return f"{message}; did you mean {'.'.join(map(str, (*parent, close[0])))}?"
-    places = _places(schema, schema, data)
-    elsewhere = places.get(name) or places.get(next(iter(get_close_matches(name, places, 1, 0.8)), ""), [])
-    return message + (f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else "")
+        return f"unknown key; it belongs to the family {' or '.join(owners)}, and model.family is {given}; {allowed_here}"
+    close = get_close_matches(name, siblings, 1) or [key for key in siblings if key.startswith(name)]
+    if close:
+        meant = [".".join(map(str, (*parent, close[0])))]
+    else:
+        places = _places(schema, schema, data)
+        meant = places.get(name) or places.get(next(iter(get_close_matches(name, places, 1, 0.8)), ""), [])
+    return "unknown key; " + (f"did you mean {' or '.join(meant)}? " if meant else "") + allowed_here
 
 
 def _families_with(key: str, schema: Schema) -> list[str]:

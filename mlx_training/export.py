@@ -54,6 +54,8 @@ def export_run(run: Path, target: Path, form: str, bits: int | None = None, grou
         if not held & {*FORMATS[form]}:
             others = [name for name, holds in FORMATS.items() if held & {*holds}]
             advice = f"Give --format {' or '.join(others)}" if others else f"No format holds family {model.family}"
+            if others == ["opentslm"]:
+                advice += ", which can hold what was trained with model.preset: opentslm-sp, and no other encoder"
             raise ConfigError(
                 f"{run} is a run of family {' with '.join(sorted(held, reverse=True))}; --format {form} holds family "
                 f"{' or '.join(FORMATS[form])} only. {advice}"

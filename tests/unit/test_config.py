@@ -83,7 +83,7 @@ batch_size: 3
     assert head == "16 problems in the configuration:"
     expected = [
         r"c.yaml:1: backend: given the text 'jaxx'; allowed: auto, mlx, torch$",
-        r"c.yaml:4: model.encoder.hiden_size: unknown key; .*; did you mean model.encoder.hidden_size\?",
+        r"c.yaml:4: model.encoder.hiden_size: unknown key; did you mean model.encoder.hidden_size\? allowed here: ",
         r"c.yaml:4: model.encoder.hidden_size: given 64; it must be a multiple of num_heads, which is 5$",
         r"c.yaml:5: dataset.format: given twice \(first at c.yaml:5\)",
         r"c.yaml:7: training.max_steps: given 1000.0; allowed: a whole number >= 1 or null$",
@@ -95,7 +95,7 @@ batch_size: 3
         r"c.yaml:12: evaluation.save_predictions: given the text 'yes'; allowed: true or false$",
         r"c.yaml:13: checkpoint: given 3; allowed: a mapping of every_steps, keep, best$",
         r"c.yaml:14: logging.every_steps: given 0; allowed: a whole number >= 1$",
-        r"c.yaml:15: batch_size: unknown key; .*; did you mean training.batch_size or evaluation.batch_size\?",
+        r"c.yaml:15: batch_size: unknown key; did you mean training.batch_size or evaluation.batch_size\? allowed",
         r"override: 'nonsense' is not key=value",
         r"override: training.schedule: given the text 'cosin'; .*; did you mean cosine\?",
     ]
@@ -149,7 +149,7 @@ def test_a_wrong_key_hides_no_contradiction_and_invents_none(minimal):
          "dataset.splits.group.test: group 2 is in validation too"),
         (["dataset.format=jsonl", "dataset.path=x", "dataset.splits.group.validation=[a]"],
          "evaluation.test_split: the split test has no rows"),
-        (["trainig.batch_size=3"], "override: trainig: unknown key; allowed here: experiment,"),
+        (["trainig.batch_size=3"], "override: trainig: unknown key; did you mean training? allowed here: experiment,"),
         (["training.batch_size="], "override: training.batch_size: given null; allowed: a whole number >= 1"),
         (["training.betas=[0.9"], "override: training.betas: given '[0.9'; not valid YAML"),
         (["training..x=1"], "is not key=value"),
@@ -168,7 +168,7 @@ def test_single_mistakes(minimal, overrides, message):
         (["model.decoder.head_dim=7"], "a head is 7 wide; rotary positions need an even number"),
         (["evaluation.metrics=[loss, accuracy]"], "a decoder has no answers to score"),
         (["training.learning_rate={encoder: 1}"], "the groups that train are model"),
-        (["model.llm_id=x"], "model.llm_id: unknown key; allowed here: tokenizer, vocab_size, family, preset, decoder"),
+        (["model.llm_id=x"], "model.llm_id: unknown key; it belongs to the family "),
         (["model.tokenizer.train=3"], "model.tokenizer.train: given 3; allowed: a whole number >= 259"),
         (["model.tokenizer=3"], "given 3; allowed: text or a mapping of train"),
         (["dataset.stats_in_text=false"], "dataset.stats_in_text: model.family: decoder does not read it"),
