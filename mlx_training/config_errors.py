@@ -175,7 +175,9 @@ def _unknown_key(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
     allowed_here = f"allowed here: {', '.join(siblings)}"
     if parent == ("model",) and (owners := _families_with(name, schema)):
         given = _lookup(data, ("model", "family"))[1]
-        return f"unknown key; it belongs to the family {' or '.join(owners)}, and model.family is {given}; {allowed_here}"
+        return (
+            f"unknown key; it belongs to the family {' or '.join(owners)}, and model.family is {given}; {allowed_here}"
+        )
     close = get_close_matches(name, siblings, 1) or [key for key in siblings if key.startswith(name)]
     if close:
         meant = [".".join(map(str, (*parent, close[0])))]

@@ -21,7 +21,7 @@ class Performance(Section):
     """How a step is computed. Results stay the same."""
 
     frozen_prefix: Literal["reuse", "compute", "off"] = "reuse"
-    """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is kept."""
+    """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is read once."""
     trim_last_layer: bool = True
     """A frozen LM's last layer is computed at the places of labels only."""
     chunked_head: bool = True

@@ -2,11 +2,13 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_training.errors import Interrupted
+
+Value = TypeVar("Value")
 
 
 def _to_stop() -> list[signal.Signals]:
@@ -16,17 +18,46 @@ def _to_stop() -> list[signal.Signals]:
     return known if hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN else [*known, hang_up]
 
 
+class _Left(BaseException):
+    """A signal came while a function ran that can be left anywhere."""
+
+
+class Received(list[int]):
+    """Signals to stop that came."""
+
+    _leaves = False
+
+    def unless_stopped(self, function: Callable[[], Value]) -> Value | None:
+        """The function's value; None where a signal came before its end, and left it."""
+        if self:
+            return None
+        try:
+            self._leaves = True
+            return function()
+        except _Left:
+            return None
+        finally:
+            self._leaves = False
+
+    def receive(self, number: int) -> None:
+        """Note a signal. Raises _Left in a function that can be left."""
+        self.append(number)
+        doing = "leaving the evaluation" if self._leaves else "finishing this step"
+        print(f"\n{doing} and saving; press Ctrl-C again to stop at once", file=sys.stderr)
+        if self._leaves:
+            raise _Left
+
+
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[Received]:
     """Collect signals to stop, so that a step can finish and be saved; a second one aborts at once."""
-    received: list[int] = []
+    received = Received()
     previous: dict[signal.Signals, Any] = {}
 
     def receive(number: int, _frame: Any) -> None:
-        received.append(number)
         for known, handler in previous.items():
             signal.signal(known, handler)
-        print("\nfinishing this step and saving; press Ctrl-C again to stop at once", file=sys.stderr)
+        received.receive(number)
 
     for expected in _to_stop():
         previous[expected] = signal.signal(expected, receive)

@@ -67,6 +67,7 @@ def train_locked(
     """`train`, while no other process may train in this directory."""
     started = time.monotonic()
     group = backend.group
+    is_alone = group.size == 1
     holds_part = group.rank == 0 or config.performance.shard  # of what is saved and reported
     run = claim_run_directory(config.output_dir, resume is not None)
     store = CheckpointStore(run)
@@ -142,9 +143,12 @@ def train_locked(
     ):
 
         def evaluate() -> bool:
-            """Whether this is the best so far."""
+            """Whether this is the best so far. A signal ends it; the run that goes on makes up for it."""
+            measure = evaluator.during_training
             with step.averaged():
-                values = share(group, evaluator.during_training())
+                values = interrupted.unless_stopped(measure) if is_alone else share(group, measure())
+            if values is None:
+                return False
             tracker.log(number, {f"eval/{name}": value for name, value in values.items()})
             progress.evaluated = number
             return judge(config, progress, values, number)
@@ -160,9 +164,10 @@ def train_locked(
                 writer.save(number, parameters, optimizer, state, best=best, keep=config.checkpoint.keep)
             timer.restart()
 
+        stopping = False
         if cadence.evaluates(number) and progress.evaluated < number:  # interrupted between saving and evaluating
             save(best=evaluate())
-        stopping = False
+            stopping = is_alone and bool(interrupted)
         while number < total_steps and not progress.stopped_early and not stopping:
             number += 1
             rates = learning_rates(config, number, total_steps)
@@ -189,6 +194,7 @@ def train_locked(
                 tracker.log(number, values | {"memory_gb": backend.peak_memory() / 1e9})
             samples.write(number, step.averaged)
             improved = evaluates and evaluate()
+            stopping |= evaluates and is_alone and bool(interrupted)
             if saves and (evaluates or stopping or not guard.in_a_row):  # else the last update may have been a bad one
                 save(best=improved)
         writer.wait()

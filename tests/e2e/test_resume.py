@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,37 @@ def test_a_signal_late_in_a_step(tiny: Workbench, late: int, saved: int, monkeyp
     assert [record["step"] for record in metrics(tiny.run) if "eval/loss" in record] == [8]
 
 
+@pytest.mark.parametrize("averaging", ["null", "0.7"])
+@pytest.mark.parametrize("at", [4, 8])
+def test_a_signal_leaves_an_evaluation(
+    tiny: Workbench, averaging: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between epochs, and after the last step; no step more is taken, and the run that goes on evaluates first."""
+    overrides = *EIGHT, f"training.ema_decay={averaging}"
+    whole = tiny.train(*overrides, "output_dir=whole")
+    measure, number = evaluate.Evaluator.loss, itertools.count(2, 2)
+
+    def loss(self: evaluate.Evaluator, split: str, limit: int | None) -> dict[str, float]:
+        if next(number) == at:
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("the evaluation went on")
+        return measure(self, split, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "loss", loss)
+        code, _, err = tiny.main("train", tiny.config, *overrides)
+    assert code == 130 and f"saved at step {at};" in err and "leaving the evaluation" in err
+    assert CheckpointStore(tiny.run).load("latest").step == at
+    assert [record["step"] for record in metrics(tiny.run) if "eval/loss" in record] == list(range(2, at, 2))
+    resumed = tiny.train(*overrides, "--resume", "auto")
+    expected, found = state(Path("whole")), state(tiny.run)
+    assert {name: found[name] for name in expected} == expected
+    assert {k: v for k, v in resumed.items() if k not in ("run", "seconds")} == {
+        k: v for k, v in whole.items() if k not in ("run", "seconds")
+    }
+    assert [record["step"] for record in metrics(tiny.run) if "eval/loss" in record] == [2, 4, 6, 8]
+
+
 def test_a_second_signal_stops_at_once(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.train("training.max_steps=2")
     with monkeypatch.context() as patch:
@@ -214,7 +246,7 @@ def test_a_signal_to_the_program(tiny: Workbench) -> None:
     program.send_signal(number)
     out, err = program.communicate(timeout=60)
     assert (program.returncode, out) == (128 + number, ""), err
-    assert "finishing this step and saving" in err and "Traceback" not in err
+    assert re.search("(finishing this step|leaving the evaluation) and saving", err) and "Traceback" not in err
     saved = CheckpointStore(tiny.run).load("latest").step
     assert f"interrupted: saved at step {saved}; continue with --resume auto" in err
     assert go_on(tiny, f"training.max_steps={saved + 2}", allow=[STEPS])["steps"] == saved + 2
