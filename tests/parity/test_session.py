@@ -89,8 +89,8 @@ def test_a_row_does_not_depend_on_its_neighbours(new_session):
 @pytest.mark.parametrize("checkpoint", PRETRAINED, indirect=True)
 def test_what_prompts_begin_with_is_read_once(backend_name, lm):
     rng = np.random.default_rng(6)
-    instruction = rng.integers(3, 96, 17)
-    rows = [np.concatenate([instruction, rng.integers(3, 96, length + 4)]).astype(np.int32) for length in LENGTHS]
+    instruction = rng.integers(3, 96, 13)  # 8 of whose tokens are read once
+    rows = [np.concatenate([instruction, rng.integers(3, 96, length + 12)]).astype(np.int32) for length in LENGTHS]
     prompts, decoded = replace(_prompts(rows), prefix=16), {}
     for setting, num_kept in {"off": 0, "compute": 0, "reuse": 1}.items():
         model = lm_driver.model_around(backend_name, lm, frozen_prefix=setting)
