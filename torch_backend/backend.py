@@ -175,7 +175,7 @@ class Backend:
 
     def session(self, model: LanguageModel) -> Session:
         model.eval()
-        return Session(model, to_device=partial(self._ready, model, shared=True))
+        return Session(model, to_device=partial(self._prompts, model))
 
     def frozen_hash(self, model: LanguageModel) -> str:
         return frozen_hash(model.lm) if isinstance(model, PretrainedModel) else ""
@@ -196,10 +196,14 @@ class Backend:
             tensors[name] = tensor.to(self.device, non_blocking=True)
         return Batch(**tensors, rows=batch.rows)
 
-    def _ready(self, model: LanguageModel, batch: Batch, *, shared: bool = False) -> Batch:
-        """The batch on the device, with what the model need not compute again (`LanguageModel.past`)."""
-        is_ours = isinstance(model, LanguageModel)  # somebody's own model is not, and has no past
-        return replace(self.to_device(batch), past=model.past(batch, shared=shared) if is_ours else None)
+    def _ready(self, model: LanguageModel, batch: Batch) -> Batch:
+        """The batch on the device, with what the model need not compute again for each of its gradients."""
+        past = model.past(batch) if isinstance(model, LanguageModel) else None  # somebody's own model is none
+        return replace(self.to_device(batch), past=past)
+
+    def _prompts(self, model: LanguageModel, batch: Batch) -> Batch:
+        """The prompts on the device, with what they begin with."""
+        return replace(self.to_device(batch), past=model.shared_past(batch))
 
     @property
     def _compiles(self) -> bool:

@@ -198,12 +198,15 @@ class LanguageModel(nn.Module):
         """Logits (..., V), float32; of every place alone."""
         return (h @ self.head_layer.weight.astype(h.dtype).T).astype(mx.float32)
 
-    def past(self, batch: Batch, *, shared: bool = False) -> mx.array | None:
+    def past(self, batch: Batch) -> mx.array | None:
         """Keys and values (2, layers, B or 1, heads, N, D) of leading places that training cannot change; None: none.
 
-        `shared`: only where all rows are alike, as whoever needs no gradient gains from nothing else. The batch still
-        holds NumPy arrays.
+        The batch still holds NumPy arrays.
         """
+        return None
+
+    def shared_past(self, batch: Batch) -> mx.array | None:
+        """Those of leading places that all rows share, of which there are several: what `read` need not read again."""
         return None
 
     def label_hidden(self, batch: Batch) -> mx.array:

@@ -134,20 +134,28 @@ class PretrainedModel(LanguageModel):
         assert batch is None or batch.segments is None, "a frozen pretrained LM cannot keep documents apart"
         return self.lm.hidden(x_BLH)
 
-    def past(self, batch: Batch, *, shared: bool = False) -> mx.array | None:
+    def past(self, batch: Batch) -> mx.array | None:
         if not batch.prefix or self.frozen_prefix == "off":
             return None
         tokens = batch.tokens[:, : batch.prefix]
-        is_alone = shared and len(tokens) == 1  # nothing is read twice
-        num_common = 0 if self.frozen_prefix == "compute" or is_alone else common_prefix(tokens)
-        common = self._kept_past(tokens[:1, :num_common]) if num_common else None
-        return common if shared or num_common == batch.prefix else self._read(tokens, common)
+        common = self._kept_past(tokens) if self.frozen_prefix == "reuse" else None
+        return common if common is not None and common.shape[-2] == batch.prefix else self._read(tokens, common)
 
-    def _kept_past(self, tokens: np.ndarray) -> mx.array:
-        """`past` of one row; a function of its tokens to the bit, so that a resumed run finds the same."""
-        key = tokens.tobytes()
+    def shared_past(self, batch: Batch) -> mx.array | None:
+        if len(batch.tokens) == 1 or self.frozen_prefix != "reuse":
+            return None
+        return self._kept_past(batch.tokens[:, : batch.prefix])
+
+    def _kept_past(self, tokens: np.ndarray) -> mx.array | None:
+        """`past` of what rows (B, N) begin with alike, for one row; a function of those tokens to the bit, so that a
+        resumed run finds the same.
+        """
+        first = tokens[:1, : common_prefix(tokens)]
+        if not first.size:
+            return None
+        key = first.tobytes()
         if key not in self._kept:
-            self._kept = {k: self._kept[k] for k in list(self._kept)[1 - NUM_KEPT :]} | {key: self._read(tokens, None)}
+            self._kept = {k: self._kept[k] for k in list(self._kept)[1 - NUM_KEPT :]} | {key: self._read(first, None)}
         return self._kept[key]
 
     def _read(self, tokens: np.ndarray, past: mx.array | None) -> mx.array:
