@@ -4,11 +4,8 @@ Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key
 """
 
 import hashlib
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -20,8 +17,9 @@ from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
 from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
-from mlx_training.mlx_backend.blocks import Block, Seen, at_places
+from mlx_training.mlx_backend.blocks import Seen, at_places
 from mlx_training.mlx_backend.decoder import Decoder
+from mlx_training.mlx_backend.layer_parts import build_causal_lm
 from mlx_training.mlx_backend.layers import KVCache, LanguageModel
 from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quantized
 from mlx_training.spec import FrozenLM, PretrainedSpec
@@ -40,7 +38,7 @@ class PretrainedLM(nn.Module):
         self.softcap: float | None = config.get("final_logit_softcapping")
         self.embed_scale = 1.0
         self.sliding_window: int | None = config["sliding_window"]
-        causal_lm = _build(config)
+        causal_lm = build_causal_lm(config)
         self.model = causal_lm.model
         if not config["tie_word_embeddings"]:
             self.lm_head = causal_lm.lm_head
@@ -280,46 +278,3 @@ def frozen_hash(lm: nn.Module) -> str:
 def head_weight(lm: PretrainedLM | Decoder) -> np.ndarray:
     """The head as a dense matrix, float32 (V, H)."""
     return np.array(dense_weight(lm.head_layer))
-
-
-def _build(config: dict[str, Any]) -> Any:
-    """mlx-lm's model with our blocks; its random weights are lazy and never computed."""
-    module = _mlx_lm_module({"mistral": "llama"}.get(config["model_type"], config["model_type"]))
-    causal_lm = module.Model(module.ModelArgs.from_dict(config))
-    causal_lm.model.layers = [Block(layer, i) for i, layer in enumerate(causal_lm.model.layers)]
-    for layer in causal_lm.model.layers:
-        if isinstance(layer.self_attn.rope, nn.RoPE):
-            layer.self_attn.rope = _RoPE(layer.self_attn.rope)
-    return causal_lm
-
-
-def _mlx_lm_module(name: str) -> ModuleType:
-    """A module of `mlx_lm.models` without the package's own imports.
-
-    They load transformers, and torch if there is one, for seconds, and lower the process's limit of open files.
-    """
-    is_imported, spec = "mlx_lm" in sys.modules, importlib.util.find_spec("mlx_lm")
-    if not is_imported and spec is not None:
-        sys.modules["mlx_lm"] = importlib.util.module_from_spec(spec)
-    try:
-        return importlib.import_module(f"mlx_lm.models.{name}")
-    finally:
-        if not is_imported:
-            sys.modules.pop("mlx_lm", None)  # whoever imports it gets all of it
-
-
-class _RoPE(nn.Module):
-    """mlx.nn.RoPE with frequencies rounded once, as transformers has them.
-
-    MLX's own are off by some units in the last place: 7e-5 in Gemma's logits after 2,048 tokens instead of 4e-6.
-    """
-
-    def __init__(self, rope: nn.RoPE) -> None:
-        super().__init__()
-        exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
-        periods = np.float64(rope.base) ** exponents.astype(np.float64) / rope.scale
-        self._periods = mx.array(periods.astype(np.float32))  # underscore: not a parameter
-        self.dims = rope.dims
-
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)
