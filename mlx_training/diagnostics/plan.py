@@ -96,7 +96,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "expected_seconds": {
             name: _seconds(config, spec, name, flops, memory[name], steps) for name in installed_backends()
         },
-        "notes": notes(model, spec) + machine.why_slow(config.device, config.training.precision),
+        "notes": [
+            *notes(model, spec),
+            *machine.why_slow(config.device, config.training.precision),
+            *([_shared_out(memory["torch"])] if config.performance.shard and "torch" in memory else []),
+        ],
     }
 
 
@@ -292,6 +296,15 @@ def _seconds(
     seconds += (3 * trained + 2 * memory.optimizer) / rates.bytes_per_second
     seconds /= EFFICIENCY[backend]
     return {"per_step": seconds, "total": None if steps is None else seconds * steps}
+
+
+def _shared_out(memory: Memory) -> str:
+    held = memory.weights + memory.gradients + memory.optimizer
+    return (
+        "performance.shard: memory and time are those of one process alone; of N each holds 1/N of the "
+        f"{held / 1e6:,.0f} MB of weights, gradients and optimiser state, takes 1/N of the rows, and has one layer at a "
+        "time whole"
+    )
 
 
 def _duration(seconds: float) -> str:

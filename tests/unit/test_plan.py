@@ -260,6 +260,17 @@ def test_flops_are_those_that_torch_counts(kind: str, tiny: Path, monkeypatch: p
     assert expected.backward == pytest.approx(counted.backward, rel=0.02), (expected, counted)
 
 
+def test_the_plan_of_a_sharded_model_says_whose_figures_they_are() -> None:
+    config = load_config("tiny_llama", ["dataset.num_samples_train=500"])
+    assert not [note for note in plan(config)["notes"] if "shard" in note]
+    shared = config.model_copy(update={"performance": config.performance.model_copy(update={"shard": True})})
+    result = plan(shared)
+    (note,) = (note for note in result["notes"] if "shard" in note)
+    parts = result["memory_bytes_by_backend"]["torch"]
+    held = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert f"1/N of the {held / 1e6:,.0f} MB" in note and f"note: {note}" in show(result)
+
+
 def test_the_plan_says_why_mlx_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not plan(load_config("quick_test"))["notes"], "both are as fast"
     monkeypatch.setattr(
