@@ -302,8 +302,8 @@ def _shared_out(memory: Memory) -> str:
     held = memory.weights + memory.gradients + memory.optimizer
     return (
         "performance.shard: memory and time are those of one process alone; of N each holds 1/N of the "
-        f"{held / 1e6:,.0f} MB of weights, gradients and optimiser state, takes 1/N of the rows, and has one layer at a "
-        "time whole"
+        f"{held / 1e6:,.0f} MB of weights, gradients and optimiser state, takes 1/N of the rows, and has one layer "
+        "whole at a time"
     )
 
 
