@@ -1,10 +1,11 @@
 """tools/bench.py: it measures two sides in turns, says what is absent, and its statistics are right."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from tools import bench
+from tools import bench, evidence
 from tools.benchmarks import growth, measure
 from tools.benchmarks.listing import Listing
 from tools.benchmarks.measure import Measured, PeerError, Side
@@ -49,3 +50,9 @@ def test_plots_come_from_what_was_kept(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "table.json").write_text(bench.json.dumps({"header": [], "results": results}))
     assert bench.main(["--plot"]) == 0
     assert {file.name for file in draw(tmp_path)} == {"ratios.png", "growth.png"}
+
+
+def test_the_header_of_results_names_no_place_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = [str(evidence.ROOT / "tools/bench.py"), "lora", "--models", str(tmp_path / "models"), "--data", "../data"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert "# command: python tools/bench.py lora --models .../models --data ../data\n" in evidence.header()
