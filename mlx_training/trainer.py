@@ -154,6 +154,7 @@ def train_locked(
             return judge(config, progress, values, number)
 
         def save(*, best: bool) -> None:
+            progress.seconds = base_seconds + time.monotonic()
             parameters, optimizer = {}, {}
             if holds_part:
                 with step.averaged():
@@ -189,7 +190,7 @@ def train_locked(
             if saves or cadence.logs(number):
                 seen = guard.read()
                 progress.loss = seen["loss"] if math.isfinite(seen["loss"]) else progress.loss
-                progress.skipped, progress.seconds = guard.skipped, base_seconds + time.monotonic()
+                progress.skipped = guard.skipped
                 values = seen | {f"lr/{group}": rate for group, rate in rates.items()} | timer.read()
                 tracker.log(number, values | {"memory_gb": backend.peak_memory() / 1e9})
             samples.write(number, step.averaged)

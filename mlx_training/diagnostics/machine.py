@@ -1,8 +1,8 @@
 """What this machine can do: float products and copies a second, measured by each framework in a process of its own.
 
-The caller imports no framework. A measurement takes about a second (beside the framework's start) and is kept for a day
-in the user's cache, by framework version, device, precision and thread settings. The best of the repetitions counts:
-other jobs can only make a machine look slower.
+The caller imports no framework. A measurement takes about a second (beside the framework's start) and is kept for an
+hour in the user's cache, by framework version, device, precision and thread settings. The best of the repetitions
+counts: other jobs can only make a machine look slower.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 from mlx_training.environment import installed_backends
 from mlx_training.run_directory import write_atomic
 
-MAX_AGE = 24 * 3600  # seconds a measurement is believed
+MAX_AGE = 3600  # seconds a measurement is believed: it may have been taken while others worked
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MLX_TRAINING_BLAS")
 TIMEOUT = 60  # seconds, the framework's import on a busy machine included
 
@@ -102,7 +102,7 @@ def why_slow(device: str, precision: str) -> list[str]:
 
 
 def measure(backend: str, device: str = "auto", precision: str = "float32", *, fresh: bool = False) -> Machine | None:
-    """The rates of an installed backend, measured now or within the last day; None where it cannot run.
+    """The rates of an installed backend, measured now or within the last hour; None where it cannot run.
 
     Never raises: a plan without times is still a plan.
     """

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_training import evaluate, trainer
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.config import load_config
 from mlx_training.data.rows import read_rows, write_rows
@@ -276,3 +278,22 @@ def test_a_run_does_not_need_wandb(tiny: Workbench, monkeypatch: pytest.MonkeyPa
     code, _, err = tiny.main("train", tiny.config, "logging.wandb=offline")
     assert code == 0 and err.count("wandb: not logging") == 1 and "metrics.jsonl has everything" in err
     assert len(metrics(tiny.run)) == 4 + 2
+
+
+def test_seconds_include_the_last_evaluation(tiny: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, ended = [], []
+    claim, measure = trainer.claim_run_directory, evaluate.Evaluator.during_training
+
+    def claimed(*args: Any) -> Path:
+        began.append(time.monotonic())
+        return claim(*args)
+
+    def slow(self: evaluate.Evaluator) -> dict[str, float]:
+        values = measure(self)
+        time.sleep(0.1)
+        ended.append(time.monotonic())
+        return values
+
+    monkeypatch.setattr(trainer, "claim_run_directory", claimed)
+    monkeypatch.setattr(evaluate.Evaluator, "during_training", slow)
+    assert tiny.train()["seconds"] >= ended[-1] - began[0]
