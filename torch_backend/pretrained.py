@@ -180,7 +180,8 @@ class PretrainedModel(LanguageModel):
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = torch.from_numpy(tokens[:, num_known:]).long().to(self.lm.model.norm.weight.device)
         self.lm.remember(self.lm.embed(new), cache)
-        return torch.stack([*cache.keys, *cache.values]).unflatten(0, (2, -1))
+        known = [x[:, :, : cache.length] for x in (*cache.keys, *cache.values)]  # without the room after it
+        return torch.stack(known).unflatten(0, (2, -1))
 
     def label_hidden(self, batch: Batch) -> Tensor:
         """Final hidden states at the label places (B, K, H); what stands before the series and at no label is

@@ -162,7 +162,8 @@ class PretrainedModel(LanguageModel):
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = mx.array(tokens[:, num_known:])
         self.lm.remember(self.lm.embed(new), cache)
-        return mx.unflatten(mx.stack([*cache.keys, *cache.values]), 0, (2, -1))
+        known = [x[:, :, : cache.length] for x in (*cache.keys, *cache.values)]  # without the room after it
+        return mx.unflatten(mx.stack(known), 0, (2, -1))
 
     def label_hidden(self, batch: Batch) -> mx.array:
         """Final hidden states at the label places (B, K, H); what stands before the series and at no label is

@@ -151,3 +151,11 @@ def test_decoding_takes_no_more_memory_with_every_token(case, backend_name):
     for token in range(40):
         session.extend(np.full(len(LENGTHS), token))
     assert size() == before < 4000
+
+
+@pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
+def test_a_beginning_ends_where_it_is_said_to(backend_name, lm):
+    """One token after what is known already, too: the room after it is no part of it."""
+    rows = [np.arange(3, 20, dtype=np.int32), np.array([*range(3, 11), *range(30, 39)], np.int32)]
+    batch = replace(_prompts(rows), prefix=9)
+    assert lm_driver.model_around(backend_name, lm).past(batch).shape[-2] == 9

@@ -34,12 +34,13 @@ def _torch(lm: Any, tokens_BL: Any) -> None:
         x = lm.embed(tokens_BL)
         for layer in lm.model.layers:
             mixer, mlp = layer.self_attn, layer.mlp
-            q, k, v = (
+            k, v = (
                 project(x).unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2)
-                for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+                for project in (mixer.k_proj, mixer.v_proj)
             )
             if layer is lm.model.layers[-1]:
                 return  # the rest of the last layer is computed at one place a row
+            q = mixer.q_proj(x).unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2)
             mixer.o_proj(attention(q, k, v, "causal", mixer.scale).transpose(1, 2).flatten(2))
             F.silu(mlp.gate_proj(x))
             mlp.down_proj(mlp.up_proj(x))

@@ -43,7 +43,7 @@ class Bench:
         run = self.folder / config
         if not (run / "result.json").is_file():
             changes = ["training.max_steps=150", "evaluation.every_steps=null", "dataset.num_samples_train=9600"]
-            words = ["train", config, "--backend", self.backends[0], f"output_dir={run}", *changes]
+            words = ["train", config, "--backend", self.backends[0], f"output_dir={run}", "--resume", "auto", *changes]
             subprocess.run([sys.executable, "-c", CODE, *words], check=True, stdout=subprocess.DEVNULL)
         return str(run)
 
