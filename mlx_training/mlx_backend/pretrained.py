@@ -162,7 +162,7 @@ class PretrainedModel(LanguageModel):
         cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
         new = mx.array(tokens[:, num_known:])
         self.lm.remember(self.lm.embed(new), cache)
-        known = [x[:, :, : cache.length] for x in (*cache.keys, *cache.values)]  # without the room after it
+        known = [x[:, :, : cache.length] for x in (*cache.keys, *cache.values) if x is not None]  # without the room
         return mx.unflatten(mx.stack(known), 0, (2, -1))
 
     def label_hidden(self, batch: Batch) -> mx.array:
