@@ -107,7 +107,7 @@ def test_what_prompts_begin_with_is_read_once(backend_name, lm):
 
 @pytest.mark.parametrize("checkpoint", PRETRAINED, indirect=True)
 def test_beyond_the_room_of_a_cache(backend_name, lm, new_session):
-    """150 tokens one by one, half of the rows leaving on the way: room is made three times, and taken along."""
+    """150 tokens one by one, half of the rows leaving on the way: room is made again and again, and taken along."""
     rng = np.random.default_rng(7)
     rows = [rng.integers(3, 96, length + 150).astype(np.int32) for length in LENGTHS]
     session, staying = new_session(), list(range(len(rows)))
