@@ -25,6 +25,7 @@ from mlx_training.objectives.lm import lm
 from mlx_training.protocols import Protocol, collate_windows, documents_of, sizes_of, windows_of
 from mlx_training.run_directory import full_disk_explained, write_atomic
 from mlx_training.sampling import Sampling
+from mlx_training.waiting import Waiting
 
 BY_POSITION = "loss_by_position.csv"
 NUM_BINS = 16  # of the loss by position in a report; the file has every position
@@ -76,7 +77,7 @@ class Evaluator:
     def loss(self, split: str, limit: int | None) -> dict[str, float]:
         """Mean negative log-likelihood in nats per supervised token."""
         total = weight = 0.0
-        for batch in self.data.eval_batches(split, self.batch_size, limit):
+        for batch in Waiting("scoring").over(self.data.eval_batches(split, self.batch_size, limit)):
             sums = self.backend.score(self.model, lm, batch)
             total, weight = total + sums["loss"], weight + sums["weight"]
         loss = total / weight
@@ -95,7 +96,7 @@ class Evaluator:
         if protocol == Protocol() and text.split is not None:
             batches = self.data.eval_batches(text.split, self.batch_size, None)
         tally = TokenTally()
-        for batch in batches:
+        for batch in Waiting("scoring").over(batches):
             tally.add(batch, self.backend.score_tokens(self.model, batch))
         predicted = [w.tokens[1:] for w in windows] if filled.name == "lines" else [text.tokens[1:]]
         num_bytes, num_characters = sizes_of(predicted, tokenizer)
@@ -117,7 +118,7 @@ class Evaluator:
         else:
             batches = self.data.hidden_batches(text.tokens, self.batch_size)
         tally = TokenTally()
-        for batch in batches:
+        for batch in Waiting("scoring").over(batches):
             tally.add(batch, self.backend.score_tokens(self.model, batch))
         nats, tokens, hits = tally.by_place.sum(1)
         return {"loss": nats / tokens, "accuracy": hits / tokens, "hidden_tokens": int(tokens)}, tally

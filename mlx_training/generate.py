@@ -22,6 +22,7 @@ from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import DataError, UserError
 from mlx_training.memory import full_memory_explained, reading_advice
 from mlx_training.sampling import Sampling, choose
+from mlx_training.waiting import Waiting
 
 GREEDY = Sampling()
 
@@ -85,13 +86,14 @@ class Generator:
         """
         stop, longest = self.sampling.stop, self.model.spec.max_length or np.inf
         found: dict[int, Continuation] = {}
-        for batch in eval_batches(rows, encode, self.batch_size, collate_prompts):
-            begun = []
-            for row, prompt, length in zip(batch.rows, _prompt_tokens(batch), batch.lengths, strict=True):
-                room = max(1, min(self.sampling.max_new_tokens, longest - length))
-                begun.append(Continuation(row, prompt, TextStream(self.tokenizer, stop=stop), int(room)))
-            self._run(batch, begun)
-            found |= {continuation.row: continuation for continuation in begun}
+        with Waiting("answering", len(rows)) as waiting:
+            for batch in eval_batches(rows, encode, self.batch_size, collate_prompts):
+                begun = []
+                for row, prompt, length in zip(batch.rows, _prompt_tokens(batch), batch.lengths, strict=True):
+                    room = max(1, min(self.sampling.max_new_tokens, longest - length))
+                    begun.append(Continuation(row, prompt, TextStream(self.tokenizer, stop=stop), int(room)))
+                self._run(batch, begun, waiting.add)
+                found |= {continuation.row: continuation for continuation in begun}
         return [found[row].text.strip() for row in range(len(rows))]
 
     def texts(self, prompts: Sequence[str], samples: int = 1) -> list[Continuation]:
@@ -122,8 +124,11 @@ class Generator:
             )
         return Encoded.of_text(np.array(tokens, np.int32), len(tokens))
 
-    def _run(self, batch: Batch, rows: list[Continuation]) -> None:
-        """Continue every row of a batch of prompts to its end; rows that are done leave the session."""
+    def _run(self, batch: Batch, rows: list[Continuation], done: Callable[[int], None] = lambda _: None) -> None:
+        """Continue every row of a batch of prompts to its end; rows that are done leave the session.
+
+        `done` is told how many they are.
+        """
         session = self.backend.session(self.model)
         logits_BV = session.prefill(batch)
         while True:
@@ -135,6 +140,7 @@ class Generator:
                 if self.watch is not None:
                     self.watch(row, text)
             going_on = [b for b, row in enumerate(rows) if not row.finish]
+            done(len(rows) - len(going_on))
             if not going_on:
                 return
             if len(going_on) < len(rows):

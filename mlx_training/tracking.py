@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TextIO
 from mlx_training.errors import DivergedError, without_secrets
 from mlx_training.json_lines import METRICS, JsonLines, Record, is_evaluation
 from mlx_training.run_directory import write_atomic
+from mlx_training.waiting import duration
 
 WANDB_ID = "wandb_id"
 WANDB_SETTINGS = {  # unless the environment says otherwise: no long waits, and nobody's uncommitted work
@@ -152,7 +153,7 @@ class Progress:
             self.anchor = (step, now)
         parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", *_parts(record)]
         if seconds is not None:
-            parts.append(f"ETA {_duration(seconds)}")
+            parts.append(f"ETA {duration(seconds)}")
         line = "  ".join(parts)
         if not self.stream.isatty():
             self.stream.write(line + "\n")
@@ -265,9 +266,3 @@ def _parts(record: Record) -> list[str]:
         if name.startswith("eval/") and isinstance(value, (int, float)):
             parts.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
     return parts
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -52,6 +52,7 @@ ROOMS = (
         "notes",
         "pretrained",
         "trained_run",
+        "waiting",
         "quantize",
         "hf_mamba",
         "hf_gpt2",
