@@ -178,7 +178,7 @@ def _unknown_key(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
         return (
             f"unknown key; it belongs to the family {' or '.join(owners)}, and model.family is {given}; {allowed_here}"
         )
-    close = get_close_matches(name, siblings, 1) or [key for key in siblings if key.startswith(name)]
+    close = get_close_matches(name, siblings, 1) or [key for key in siblings if key.startswith(name) and len(name) > 2]
     if close:
         meant = [".".join(map(str, (*parent, close[0])))]
     else:

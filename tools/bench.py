@@ -53,12 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = True
                 continue
             if args.write:
+                said = header()
                 RESULTS.mkdir(exist_ok=True)
                 text = "".join(f"{line}\n" for result in results for line in result.lines())
-                (RESULTS / f"{name}.txt").write_text(
-                    f"{header()}# {(TABLES[name].__doc__ or '').splitlines()[0]}\n{text}"
-                )
-                kept = {"header": header().splitlines(), "results": [result.asdict() for result in results]}
+                (RESULTS / f"{name}.txt").write_text(f"{said}# {(TABLES[name].__doc__ or '').splitlines()[0]}\n{text}")
+                kept = {"header": said.splitlines(), "results": [result.asdict() for result in results]}
                 (RESULTS / f"{name}.json").write_text(json.dumps(kept) + "\n")
     if args.write or args.plot:
         for file in plots.draw(RESULTS):

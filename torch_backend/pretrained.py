@@ -56,11 +56,9 @@ class PretrainedLM(nn.Module):
     def hidden(self, x_BLH: Tensor, places_BK: Tensor | None = None, past: Tensor | None = None) -> Tensor:
         """Final hidden states (B, L, H), or those of some places (B, K, H).
 
-        Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `KVCache.after`.
+        Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `cache_after`.
         """
-        num_rows = x_BLH.shape[0]
-        cache = self.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
-        return self.extend(x_BLH, cache, places_BK)
+        return self.extend(x_BLH, self.cache_after(past, x_BLH.shape[0]), places_BK)
 
     @property
     def head_layer(self) -> nn.Module:
@@ -77,6 +75,10 @@ class PretrainedLM(nn.Module):
     def make_cache(self, left_padding: Sequence[int]) -> KVCache:
         """An empty cache for rows with this much padding on the left."""
         return KVCache(self.num_layers, left_padding)
+
+    def cache_after(self, past: Tensor | None, num_rows: int) -> KVCache:
+        """A cache of rows without padding; it begins with `past` (2, layers, B or 1, K, S, D), if there is one."""
+        return self.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
 
     def extend(self, x_BTH: Tensor, cache: KVCache, places_BK: Tensor | None = None) -> Tensor:
         """Hidden states of new tokens (B, T, H), or of some of them (B, K, H), after those in the cache; it grows."""
@@ -176,9 +178,8 @@ class PretrainedModel(LanguageModel):
 
     def _read(self, tokens: np.ndarray, past: Tensor | None) -> Tensor:
         """Keys and values of tokens (B, N), whose first ones may be known."""
-        num_rows, num_known = len(tokens), 0 if past is None else past.shape[-2]
-        cache = self.lm.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
-        new = torch.from_numpy(tokens[:, num_known:]).long().to(self.lm.model.norm.weight.device)
+        cache = self.lm.cache_after(past, len(tokens))
+        new = torch.from_numpy(tokens[:, cache.length :]).long().to(self.lm.model.norm.weight.device)
         self.lm.remember(self.lm.embed(new), cache)
         known = [x[:, :, : cache.length] for x in (*cache.keys, *cache.values) if x is not None]  # without the room
         return torch.stack(known).unflatten(0, (2, -1))
@@ -203,9 +204,8 @@ class PretrainedModel(LanguageModel):
         if isinstance(self.lm, Decoder):
             return super().read(batch)
         x_BLH, lengths_B = self.inputs(batch), batch.lengths
-        cache, num_read = self.lm.make_cache([0] * len(lengths_B)), 0
-        if batch.past is not None:
-            cache, num_read = KVCache.after(batch.past, len(lengths_B)), batch.past.shape[-2]
+        cache = self.lm.cache_after(batch.past, len(lengths_B))
+        num_read = cache.length
         h_B1H = self.lm.extend(x_BLH[:, num_read:], cache, lengths_B[:, None] - 1 - num_read)
         return h_B1H[:, 0], cache.moved_right(lengths_B.tolist())
 

@@ -150,16 +150,19 @@ class KVCache:
         return (causal_TS[None] & (~pad_key[:, None] | pad_query[:, :, None]))[:, None]
 
     def moved_right(self, lengths: Sequence[int]) -> "KVCache":
-        """The same of rows of these lengths that are padded at the end: padded on the left, their last places meet."""
+        """The same of rows of these lengths that are padded at the end: padded on the left, their last places meet.
+
+        This one is empty after it, a layer at a time, so that only one layer is held twice.
+        """
         longest = max(lengths)
         moved = KVCache(len(self.keys), [longest - length for length in lengths])
         moved.length = longest
         places_BS = mx.clip(mx.arange(longest + ROOM) - moved.left_padding[:, None], 0, self.length - 1)
 
-        def move(x_BKSD: mx.array | None) -> mx.array | None:
-            return None if x_BKSD is None else mx.take_along_axis(x_BKSD, places_BS[:, None, :, None], axis=2)
-
-        moved.keys, moved.values = [*map(move, self.keys)], [*map(move, self.values)]
+        for layer in range(len(self.keys)):
+            for old, new in ((self.keys, moved.keys), (self.values, moved.values)):
+                x_BKSD, old[layer] = old[layer], None
+                new[layer] = None if x_BKSD is None else mx.take_along_axis(x_BKSD, places_BS[:, None, :, None], axis=2)
         return moved
 
     def select(self, rows: Sequence[int]) -> "KVCache":
