@@ -58,7 +58,9 @@ def derivative(exam: Exam) -> Finding:
     with subject.restored():
         noise = _noise(exam, batch)
         seen = {n: _derivative_error(exam, n, batch, noise) for n in chosen}
+        zeros = {n: _zero_error(exam, n, batch, noise) for n in names if not exam.gradients[n].all()}
     errors = {n: error for n, (error, _) in seen.items() if error is not None}
+    errors |= {n: max(error, errors.get(n, 0.0)) for n, error in zeros.items()}
     tolerance = WITH_EXPERTS if getattr(subject.spec, "experts", None) else TOLERANCE
     wrong = [n for n, error in errors.items() if error > tolerance]
     steep = [n for n, (_, is_steep) in seen.items() if is_steep and n not in wrong]
@@ -156,7 +158,7 @@ def _derivative_error(exam: Exam, name: str, batch: Batch, noise: float) -> tupl
     gradient, base = exam.gradients[name].astype(np.float64), exam.parameters
     norm = float(np.linalg.norm(gradient))
     direction, loss = gradient / norm, abs(exam.loss_at(base, batch))
-    reach = 0.05 * max(float(np.linalg.norm(base[name])), 0.02 * base[name].size ** 0.5)
+    reach = _reach(base[name])
     slopes: list[float] = []
     for fraction in (1 / 64, 1 / 8, 1.0, 1 / 512, 1 / 4096, 1 / 32768):
         length = fraction * reach
@@ -175,22 +177,46 @@ def _derivative_error(exam: Exam, name: str, batch: Batch, noise: float) -> tupl
 
 def _random_error(exam: Exam, name: str, batch: Batch, length: float, noise: float) -> float:
     """Error along random directions, as a share of the gradient's norm: a part that is missing shows here only."""
-    gradient, base = exam.gradients[name].astype(np.float64), exam.parameters
-    rng, errors = np.random.default_rng(0), []
-    norm, root = float(np.linalg.norm(gradient)), gradient.size**0.5
+    gradient = exam.gradients[name].astype(np.float64)
+    rng, norm = np.random.default_rng(0), float(np.linalg.norm(gradient))
+    steps, errors = [length, length / 8, length / 64], []
     for _ in range(NUM_RANDOM):
-        direction = rng.choice((-1.0, 1.0), gradient.shape)
-        slopes: list[float] = []
-        for step in (length, length / 8, length / 64):
-            if noise / (step * norm) > TOLERANCE / 2:
-                continue
-            unit = step * direction / root
-            moved = (base | {name: (base[name] + sign * unit).astype(np.float32)} for sign in (1, -1))
-            up, down = (exam.loss_at(parameters, batch) for parameters in moved)
-            slopes.append((up - down) / (2 * step) / norm)
-        along = float((gradient * direction).sum()) / root / norm
+        direction = rng.choice((-1.0, 1.0), gradient.shape) / gradient.size**0.5
+        slopes = _slopes(exam, name, batch, direction, steps, norm, noise)
+        along = float((gradient * direction).sum()) / norm
         errors.append(min(abs(slope - along) for slope in slopes) if len(slopes) > 1 and _agree(slopes) else 0.0)
     return max(errors)
+
+
+def _zero_error(exam: Exam, name: str, batch: Batch, noise: float) -> float:
+    """How the loss rises with the values whose gradient is exactly 0, as a share of the others': a head that is cut
+    off has such values, too few to show along directions of all.
+    """
+    gradient = exam.gradients[name].astype(np.float64)
+    zero, reach = gradient == 0, _reach(exam.parameters[name])
+    rng, typical = np.random.default_rng(0), float(np.linalg.norm(gradient)) / (~zero).sum() ** 0.5
+    direction = zero * rng.choice((-1.0, 1.0), gradient.shape) / zero.sum() ** 0.5
+    slopes = _slopes(exam, name, batch, direction, [reach, reach / 8, reach / 64], typical, noise)
+    return min(map(abs, slopes)) if len(slopes) > 1 and _agree(slopes) else 0.0
+
+
+def _slopes(
+    exam: Exam, name: str, batch: Batch, direction: np.ndarray, steps: Sequence[float], unit: float, noise: float
+) -> list[float]:
+    """Central differences along a direction in multiples of `unit`, where float32 resolves them."""
+    base, slopes = exam.parameters, []
+    for step in steps:
+        if noise / (step * unit) > TOLERANCE / 2:
+            continue
+        moved = (base | {name: (base[name] + sign * step * direction).astype(np.float32)} for sign in (1, -1))
+        up, down = (exam.loss_at(parameters, batch) for parameters in moved)
+        slopes.append((up - down) / (2 * step) / unit)
+    return slopes
+
+
+def _reach(parameter: np.ndarray) -> float:
+    """How far a parameter is moved at most: 5 % of its length."""
+    return 0.05 * max(float(np.linalg.norm(parameter)), 0.02 * parameter.size**0.5)
 
 
 def _agree(slopes: Sequence[float]) -> bool:
