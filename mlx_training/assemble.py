@@ -1,5 +1,6 @@
 """From a configuration to what a run is made of: tokenizer, data, spec; and a trained run read back."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from mlx_training.data.augment import Augmentation
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
-from mlx_training.data.importers import SUFFIXES, load_rows
+from mlx_training.data.importers import LABELLED, SUFFIXES, classes_of, load_rows
 from mlx_training.data.prompt import Encoded, PromptEncoder
 from mlx_training.data.questions import QuestionDataset
 from mlx_training.data.rows import Row
@@ -83,11 +84,21 @@ class RowData:
         own = SUFFIXES.get(Path(data.path or "").suffix) if data.format == "auto" else data.format
         is_raw = own is not None and own not in ("questions", *SUFFIXES.values())  # tsqa, m4, ...: several suffixes
         if own == by_suffix or (is_raw and by_suffix in (None, "jsonl", "parquet", "csv")):
-            rows = load_rows(path, own or "auto", **data.options.model_dump(exclude_none=True))
+            given = data.options.model_dump(exclude_none=True)
+            rows = load_rows(path, own or "auto", classes=self._classes(path) if own in LABELLED else (), **given)
         else:
             rows = load_rows(path)
         self._check(rows, with_answers)
         return rows
+
+    def _classes(self, path: Path) -> tuple[str, ...]:
+        """The classes that this run's prompts list; without its data those of the file are all there are."""
+        data = self.config.dataset
+        try:
+            return classes_of(self.rows("train"), data.path or "", data.format)
+        except DataError as error:
+            print(f"note: the options of {path} come from that file alone; {error}", file=sys.stderr)
+            return ()
 
     def _check(self, rows: Sequence[Row], with_answers: bool = True) -> None:
         for row in rows:

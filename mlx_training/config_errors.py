@@ -42,8 +42,9 @@ def take_older_spellings(data: dict[str, Any], path: KeyPath = ()) -> Iterator[P
         if new is not None:
             yield Problem(here, f"given {describe(data.pop(key))}; this is an older spelling, now write {new}")
         elif isinstance(data[key], dict):
+            held = bool(data[key])
             yield from take_older_spellings(data[key], here)
-            if not data[key]:
+            if held and not data[key]:  # a section that was given empty stays, and counts
                 del data[key]
 
 
@@ -79,13 +80,19 @@ def allowed(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
 
 
 def closest_key(key: str, known: Collection[str]) -> str | None:
-    """The dotted key that was meant: of the same section by its initials (lr) or nearly so, else nearly so anywhere."""
+    """The dotted key that was meant: of the same section, else nearly the same anywhere."""
     section, _, name = key.rpartition(".")
     names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
-    short = [other for other in names if "".join(word[:1] for word in other.split("_")) == name]
-    if close := short or get_close_matches(name, names, 1):
-        return names[close[0]]
+    if (meant := _closest_name(name, names)) is not None:
+        return names[meant]
     return next(iter(get_close_matches(key, {other for other in known if not key.startswith(f"{other}.")}, 1)), None)
+
+
+def _closest_name(name: str, names: Collection[str]) -> str | None:
+    """The one that has these initials (lr) or this word (clip), is nearly the same, or begins so."""
+    found = [other for other in names if len(name) > 1 and "".join(word[:1] for word in other.split("_")) == name]
+    found += [other for other in names if name in other.split("_")] + get_close_matches(name, names, 1)
+    return next(iter(found + [other for other in names if other.startswith(name) and len(name) > 2]), None)
 
 
 def _given_path(loc: KeyPath, data: Any) -> KeyPath:
@@ -178,9 +185,9 @@ def _unknown_key(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
         return (
             f"unknown key; it belongs to the family {' or '.join(owners)}, and model.family is {given}; {allowed_here}"
         )
-    close = get_close_matches(name, siblings, 1) or [key for key in siblings if key.startswith(name) and len(name) > 2]
-    if close:
-        meant = [".".join(map(str, (*parent, close[0])))]
+    close = _closest_name(name, siblings)
+    if close is not None:
+        meant = [".".join(map(str, (*parent, close)))]
     else:
         places = _places(schema, schema, data)
         meant = places.get(name) or places.get(next(iter(get_close_matches(name, places, 1, 0.8)), ""), [])

@@ -18,6 +18,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
 FULL_HASH_LIMIT = 50_000_000  # bytes of weights up to which every byte is hashed
 SAMPLES, SAMPLE_SIZE = 64, 65_536
+DENSE_SHARE = 0.5  # of the free memory that expanded weights may take
 
 BITS = (2, 3, 4, 5, 6, 8)  # widths and groups of MLX's affine quantisation
 GROUP_SIZES = (32, 64, 128)
@@ -155,6 +156,19 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} has a header that is not valid ({error}); download it again") from None
     return header, start
+
+
+def stays_packed(weights: str, dense_bytes: int, free_bytes: int) -> bool:
+    """Whether quantised weights stay as they are: "resident", or "auto" where expanded ones take too much memory."""
+    return weights == "resident" or (weights == "auto" and dense_bytes > DENSE_SHARE * free_bytes)
+
+
+def packed_note(dense_bytes: int, free_bytes: int) -> str:
+    """What is said when `auto` keeps weights packed."""
+    return (
+        f"note: the frozen model's quantised weights stay packed: expanded they take {dense_bytes / 1e9:.1f} GB, and "
+        f"{free_bytes / 1e9:.1f} GB of memory are free (model.llm_weights=dequantized expands them all the same)"
+    )
 
 
 def match_weights(

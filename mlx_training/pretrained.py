@@ -75,13 +75,12 @@ def find_linears(
 def frozen_lm(model: TimeSeriesConfig | PretrainedConfig) -> FrozenLM:
     """The frozen LM that a `model` section names: a directory, or the decoder of a run of this project."""
     directory = resolve_llm(model.llm_id, model.llm_revision)
-    weights = "dequantized" if model.llm_weights == "auto" else model.llm_weights
     if is_run(directory):
         found = read_decoder(directory)
         sizes = found.spec.hidden_size, found.spec.vocab_size
-        return FrozenLM(found.checkpoint, *sizes, fingerprint(weight_files(found.checkpoint))[0], weights, found.spec)
+        return FrozenLM(found.checkpoint, *sizes, fingerprint(weight_files(found.checkpoint))[0], decoder=found.spec)
     info = describe_llm(directory)
-    return FrozenLM(directory, info.hidden_size, info.vocab_size, info.sha256, weights)
+    return FrozenLM(directory, info.hidden_size, info.vocab_size, info.sha256, model.llm_weights)
 
 
 def frozen_config(spec: Spec) -> dict[str, Any] | None:

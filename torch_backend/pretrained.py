@@ -4,6 +4,7 @@ Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mlx_training import environment
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
-from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.llm_source import (
+    is_norm,
+    is_weight,
+    match_weights,
+    packed_note,
+    read_llm_config,
+    stays_packed,
+    weight_files,
+)
 from mlx_training.spec import FrozenLM, PretrainedSpec
 from torch_backend.adapter import AdaptedLinear
 from torch_backend.blocks import Seen, at_places
@@ -244,7 +254,8 @@ def load_pretrained(
 
     Args:
         precision: compute type, "float32" or "bfloat16".
-        weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed.
+        weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed;
+            "auto" expands them where that takes half of the free memory at most.
         device: a PyTorch device; the CPU if None.
 
     Raises:
@@ -257,6 +268,10 @@ def load_pretrained(
     stored = {name: file for file in files for name in list(file.keys()) if is_weight(name, config)}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in stored.items()}
     packed = match_weights({name: tuple(p.shape) for name, p in lm.named_parameters()}, shapes, directory)
+    dense, free = sum(p.numel() for p in lm.parameters()) * dtype.itemsize, free_memory(device)
+    is_resident = bool(packed) and stays_packed(weights, dense, free)
+    if is_resident and weights == "auto":
+        print(packed_note(dense, free), file=sys.stderr)
     arrays = {}
     for name, file in stored.items():
         path, _, part = name.rpartition(".")
@@ -266,14 +281,23 @@ def load_pretrained(
             group_size, bits = packed[path]
             bits_of_w = file.get_tensor(name).view(torch.int32)
             scales, biases = (stored[other].get_tensor(other) for other in (f"{path}.scales", f"{path}.biases"))
-            if weights == "resident":
+            if is_resident:
                 arrays |= {f"{path}.packed": bits_of_w, f"{path}.scales": scales, f"{path}.biases": biases}
             else:
                 arrays[name] = dequantize(bits_of_w, scales, biases, group_size, bits).to(dtype)
-    if weights == "resident":
+    if is_resident:
         keep_quantized(lm, packed)
     lm.load_state_dict(arrays, assign=True)
     return lm.requires_grad_(False).to(device).eval()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that weights on this device may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return environment.free_memory()
 
 
 def frozen_hash(lm: nn.Module) -> str:

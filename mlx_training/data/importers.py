@@ -30,13 +30,18 @@ from mlx_training.data.ts_file import read_ts
 from mlx_training.errors import ConfigError, DataError
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".ts": "ts", ".npz": "npz", ".csv": "csv"}
+LABELLED = ("ts", "npz", "csv")  # labelled recordings: their prompts list the classes
 QUESTION = "Which class does this recording belong to?"
 ONE_SERIES = ("This is the time series",)
 POST_PROMPT = "Options: {options}. Answer:"
 
 
-def load_rows(path: Path | str, format: str = "auto", **options: Any) -> list[Row]:
-    """All rows of one data file. `auto` goes by the file's suffix; `options` are the importer's keywords."""
+def load_rows(path: Path | str, format: str = "auto", *, classes: Sequence[str] = (), **options: Any) -> list[Row]:
+    """All rows of one data file. `auto` goes by the file's suffix; `options` are the importer's keywords.
+
+    `classes`: answers that rows of other files have. In formats of labelled recordings they are options here too,
+    before those that only this file has.
+    """
     path = Path(path)
     if format == "auto":
         if path.suffix not in SUFFIXES:
@@ -48,10 +53,19 @@ def load_rows(path: Path | str, format: str = "auto", **options: Any) -> list[Ro
     if format not in FORMATS:
         raise ConfigError(f"dataset.format: unknown format {format!r}{_hint(format, ['auto', *FORMATS])}")
     allowed = list(inspect.signature(FORMATS[format]).parameters)[1:]
+    if "classes" in allowed:
+        allowed.remove("classes")
+        options |= {"classes": classes}
     for name in options:
-        if name not in allowed:
+        if name not in (*allowed, "classes"):
             raise ConfigError(f"dataset.options: format {format!r} has no option {name!r}{_hint(name, allowed)}")
     return checked(FORMATS[format](path, **options), path)
+
+
+def classes_of(rows: Sequence[Row], path: Path | str, format: str = "auto") -> tuple[str, ...]:
+    """The options that all rows of a file share, where its format is one of labelled recordings."""
+    kind = SUFFIXES.get(Path(path).suffix) if format == "auto" else format
+    return rows[0].options if kind in LABELLED else ()
 
 
 def jsonl(path: Path) -> list[Row]:
@@ -110,6 +124,7 @@ def ts(
     post_prompt: str = POST_PROMPT,
     channel_names: Sequence[str] | None = None,
     label_names: Mapping[Any, str] | None = None,
+    classes: Sequence[str] = (),
 ) -> list[Row]:
     """UCR/UEA `.ts`: labelled recordings of one or more channels, of equal or unequal length.
 
@@ -118,7 +133,7 @@ def ts(
     """
     recordings, labels = read_ts(path)
     labelled = [(where, series, label, "") for where, series, label in recordings]
-    return _classification_rows(labelled, labels, path, question, post_prompt, channel_names, label_names)
+    return _classification_rows(labelled, labels, path, question, post_prompt, channel_names, label_names, classes)
 
 
 def npz(
@@ -132,21 +147,22 @@ def npz(
     post_prompt: str = POST_PROMPT,
     channel_names: Sequence[str] | None = None,
     label_names: Mapping[Any, str] | None = None,
+    classes: Sequence[str] = (),
 ) -> list[Row]:
     """Windows in a NumPy archive: `x` (n, T) or (n, T, C), `y` (n,), and where present `labels`, `group`.
 
     The options name the arrays. With a `labels` array, `y` holds indices into it; else `y` is the label.
     The other options are those of `ts`.
     """
-    windows, classes, groups, names = _npz_arrays(path, x, y, labels, group)
+    windows, answers, groups, names = _npz_arrays(path, x, y, labels, group)
     recordings = []
     for index in range(len(windows)):
         where = f"{path}: window {index}"
         series = tuple(np.ascontiguousarray(windows[index, :, c], np.float32) for c in range(windows.shape[2]))
         for channel, values in enumerate(series):
             check_series(values, f"{where}, channel {channel}")
-        recordings.append((where, series, str(classes[index]), "" if groups is None else str(groups[index])))
-    return _classification_rows(recordings, names, path, question, post_prompt, channel_names, label_names)
+        recordings.append((where, series, str(answers[index]), "" if groups is None else str(groups[index])))
+    return _classification_rows(recordings, names, path, question, post_prompt, channel_names, label_names, classes)
 
 
 def _npz_arrays(
@@ -191,6 +207,7 @@ def csv_rows(
     post_prompt: str = POST_PROMPT,
     channel_names: Sequence[str] | None = None,
     label_names: Mapping[Any, str] | None = None,
+    classes: Sequence[str] = (),
 ) -> list[Row]:
     """A CSV file with a header and one example per line.
 
@@ -215,7 +232,7 @@ def csv_rows(
             series = (_value_cells([cells[name] for name in header[first : last + 1]], where),)
         recordings.append((where, series, cells[answer_column], extras[-1].get("group", "")))
     labels = [label for _, _, label, _ in recordings]
-    rows = _classification_rows(recordings, labels, path, question, post_prompt, channel_names, label_names)
+    rows = _classification_rows(recordings, labels, path, question, post_prompt, channel_names, label_names, classes)
     return [replace(row, **extra) for row, extra in zip(rows, extras, strict=True)]
 
 
@@ -238,16 +255,17 @@ def _classification_rows(
     post_prompt: str,
     channel_names: Sequence[str] | None,
     label_names: Mapping[Any, str] | None,
+    classes: Sequence[str],
 ) -> list[Row]:
-    """Rows that ask for the label of (where, series, label, group); options are `labels`, sorted, once each."""
+    """Rows that ask for the label of (where, series, label, group); options are `classes` and `labels`, once each."""
     labels = sorted(set(labels))
     names = {str(label): name for label, name in (label_names or {}).items()}
-    unknown = [label for label in names if label not in labels]
+    unknown = [label for label in names if label not in labels and names[label] not in classes]
     if unknown:
         raise DataError(f"{path}: label_names has {unknown[0]!r}, but the labels are {', '.join(labels)}")
     answers = {label: names.get(label, label) for label in labels}
     lists_options = "{options}" in post_prompt
-    options = tuple(answers.values()) if lists_options else ()
+    options = tuple(dict.fromkeys((*classes, *answers.values()))) if lists_options else ()
     post_prompt = post_prompt.replace("{options}", ", ".join(options))
     rows = []
     for where, series, label, group in recordings:

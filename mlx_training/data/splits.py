@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_training.data.importers import load_rows
+from mlx_training.data.importers import classes_of, load_rows
 from mlx_training.data.rows import Row
 from mlx_training.errors import ConfigError, DataError
 
@@ -60,8 +60,20 @@ def load_splits(path: Path | str, format: str, splits: SplitSpec, **options: Any
     files = {name: (folder / file).resolve() for name, file in splits.file.items()}
     if len(set(files.values())) < len(files):
         raise ConfigError(f"dataset.splits.file: one file serves two splits ({dict(splits.file)}); rows would leak")
-    rows = {name: load_rows(file, format, **options) for name, file in files.items()}
+    rows = _load_alike(files, format, options)
     return split_rows(rows.pop("train"), splits) | rows
+
+
+def _load_alike(files: Mapping[str, Path], format: str, options: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """The rows of each split's file. Those of labelled recordings have the same options, the training file's first."""
+    rows: dict[str, list[Row]] = {}
+    classes: tuple[str, ...] = ()
+    for name in sorted(files, key=lambda name: name != "train"):
+        rows[name] = load_rows(files[name], format, classes=classes, **options)
+        classes = classes_of(rows[name], files[name], format) or classes
+    if classes != classes_of(rows["train"], files["train"], format):  # another file has more
+        rows = {name: load_rows(file, format, classes=classes, **options) for name, file in files.items()}
+    return {name: rows[name] for name in files}
 
 
 def split_rows(rows: Sequence[Row], splits: SplitSpec) -> dict[str, list[Row]]:

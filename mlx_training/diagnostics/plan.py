@@ -35,9 +35,9 @@ from mlx_training.data.tokenizer import Tokenizer, expand
 from mlx_training.diagnostics import machine
 from mlx_training.diagnostics.flops import BatchShape, Flops, Shape, batch_shape, count_flops, lm_shape, spared
 from mlx_training.diagnostics.plan_memory import FLOAT32, FrozenBytes, Memory, count_memory
-from mlx_training.environment import installed_backends, resolve_backend
+from mlx_training.environment import free_memory, installed_backends, resolve_backend
 from mlx_training.errors import BackendError
-from mlx_training.llm_source import is_weight, safetensors_header, weight_files
+from mlx_training.llm_source import is_weight, safetensors_header, stays_packed, weight_files
 from mlx_training.notes import notes
 from mlx_training.pretrained import frozen_config, longest_text, pretrained_spec
 from mlx_training.spec import PretrainedSpec, Spec, TimeSeriesSpec
@@ -263,13 +263,15 @@ def _memory(
 ) -> Memory:
     precision = config.training.precision
     width = 2 if precision == "bfloat16" else 4
-    resident = isinstance(spec, PretrainedSpec) and spec.llm.weights == "resident"
+    dense_bytes = sum(size for size, _ in frozen.values()) * width
+    resident = isinstance(spec, PretrainedSpec) and stays_packed(spec.llm.weights, dense_bytes, free_memory())
     held, converted, expanded = 0, 0, 0
     for size, stored in frozen.values():
         dense = size * width
-        held += min(stored, dense) if resident else dense
-        converted += stored if stored != dense and not resident else 0
-        if resident and backend == "torch" and stored < dense:  # the float copy and its integers, for each product
+        stays = resident and stored < 1.5 * size  # of at most 8 bits, with scales and biases
+        held += stored if stays else dense
+        converted += stored if stored != dense and not stays else 0
+        if stays and backend == "torch":  # the float copy and its integers, for each product
             expanded = max(expanded, size * 6)
     weights, recompute = FrozenBytes(held, converted, expanded), config.training.gradient_checkpointing
     return count_memory(spec, lm, batch, backend, precision, weights, config.optim, recompute=recompute)

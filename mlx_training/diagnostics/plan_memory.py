@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from mlx_training.diagnostics.flops import BatchShape, LMShape, Shape, trains_head
 from mlx_training.diagnostics.plan_decoder import extra_elements, stack_elements
-from mlx_training.diagnostics.plan_ssm import activation_bytes
+from mlx_training.diagnostics.plan_ssm import activation_bytes, scanned_bytes
 from mlx_training.optim import Optim
 from mlx_training.spec import (
     AdapterSpec,
@@ -66,7 +66,7 @@ class Coefficients:
     loading: float  # copies of packed weights while they are read: the mapped file, and pieces of it
     copies: int  # copies of trained parameters while the update runs, beside gradients and moments
     overhead_bytes: float
-    overhead_share: dict[bool, float]  # of activations and logits, by the same
+    overhead_share: dict[bool, float]  # of activations, by the same
 
 
 COEFFICIENTS = {
@@ -76,7 +76,7 @@ COEFFICIENTS = {
         transient=Kept(1, 2),
         encoder=Kept(8, 2),
         logits_kept=1,
-        logits_transient=3,
+        logits_transient=2,
         chunks=2,
         loading=1.6,
         copies=0,
@@ -197,12 +197,14 @@ def count_memory(
         activations += _encoder_bytes(c, spec.encoder, lm.hidden, batch) if batch.series else 0
     elif not frozen and precision == "bfloat16":
         activations += 2 * sum(layer.layer_weights for layer in lm.each)  # matrices cast for every product are kept
-    copied = trained
+    copied, share = trained, c.overhead_share[frozen]
     if isinstance(spec, DecoderSpec):
         activations += tokens * width * extra_elements(spec, lm, batch.tokens, backend)
         copied -= FLOAT32 * stack_elements(spec)
     if isinstance(spec, SSMSpec):
         activations = activation_bytes(spec, batch.rows, batch.tokens, backend, width)
+        scanned, share = scanned_bytes(spec, batch.rows, batch.tokens, backend), 0.0
+        activations += max(0, scanned - logits) if backend == "torch" else scanned  # there the logits are gone by then
     if isinstance(spec, PretrainedSpec) and spec.adapter:
         activations += _adapter_bytes(spec.adapter, tokens, width)
     step = Memory(
@@ -211,7 +213,7 @@ def count_memory(
         gradients=trained + copied * c.copies,
         activations=round(activations + weights.expanded),
         logits=logits,
-        overhead=round(c.overhead_bytes + c.overhead_share[frozen] * (activations + logits)),
+        overhead=round(c.overhead_bytes + share * activations),
     )
     loading = weights.held + round(c.loading * weights.converted)
     return replace(step, loading=max(0, loading - step.total))

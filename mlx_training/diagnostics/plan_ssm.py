@@ -29,7 +29,7 @@ KEPT: dict[str, dict[SSMMixer, tuple[float, ...]]] = {  # elements, as multiples
     },
 }
 KEPT_BY_MLP = {"torch": (2.4, 4.4), "mlx": (0, 3.6)}  # of the model's width, and of its own
-SCANNED = {"torch": 12, "mlx": 19}  # copies of the states of one layer of mamba, while its backward pass runs
+SCANNED = {"torch": 9, "mlx": 16}  # copies of the states of one layer of mamba, while its backward pass runs
 KEPT_ONCE = 4  # embeddings, final norm, and their gradients
 
 
@@ -42,7 +42,7 @@ def forward_flops(spec: SSMSpec, rows: int, tokens: int, labels: int) -> int:
 
 
 def activation_bytes(spec: SSMSpec, rows: int, tokens: int, backend: str, width: int) -> int:
-    """Bytes that live at the peak of a step; `width` is that of a number in the compute type."""
+    """Bytes that are kept for the backward pass; `width` is that of a number in the compute type."""
     places, elements = rows * tokens, 0.0
     for i in range(spec.num_layers):
         mixer = spec.mixer(i)
@@ -51,9 +51,12 @@ def activation_bytes(spec: SSMSpec, rows: int, tokens: int, backend: str, width:
         if spec.intermediate_size:
             of_model, own = KEPT_BY_MLP[backend]
             elements += places * (of_model * spec.hidden_size + own * spec.intermediate_size) * width / FLOAT32
-    if "mamba" in spec.mixers:
-        elements += SCANNED[backend] * places * spec.inner_size * spec.state_size
     return round(FLOAT32 * (elements + KEPT_ONCE * places * spec.hidden_size))
+
+
+def scanned_bytes(spec: SSMSpec, rows: int, tokens: int, backend: str) -> int:
+    """Bytes of the states that one layer of mamba makes again in its backward pass."""
+    return "mamba" in spec.mixers and FLOAT32 * SCANNED[backend] * rows * tokens * spec.inner_size * spec.state_size
 
 
 def _layer_flops(spec: SSMSpec, mixer: SSMMixer, rows: int, tokens: int) -> int:

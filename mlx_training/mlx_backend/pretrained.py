@@ -4,6 +4,8 @@ Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key
 """
 
 import hashlib
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_training import environment
 from mlx_training.backend import Runtime
 from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
-from mlx_training.llm_source import is_norm, is_weight, match_weights, read_llm_config, weight_files
+from mlx_training.llm_source import (
+    is_norm,
+    is_weight,
+    match_weights,
+    packed_note,
+    read_llm_config,
+    stays_packed,
+    weight_files,
+)
 from mlx_training.mlx_backend.blocks import Seen, at_places
 from mlx_training.mlx_backend.decoder import Decoder
 from mlx_training.mlx_backend.layer_parts import build_causal_lm
@@ -227,7 +238,8 @@ def load_pretrained(
 
     Args:
         precision: compute type, "float32" or "bfloat16".
-        weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed.
+        weights: "dequantized" expands packed weights once, in float32, then casts; "resident" keeps them packed;
+            "auto" expands them where that takes half of the free memory at most.
         device: an MLX device; the default device if None.
 
     Raises:
@@ -245,7 +257,12 @@ def load_pretrained(
         }
         expected = {name: p.shape for name, p in tree_flatten(lm.parameters())}
         packed = match_weights(expected, {name: array.shape for name, array in stored.items()}, directory)
-        if weights == "resident":
+        dense = sum(math.prod(shape) for shape in expected.values()) * dtype.size
+        free = free_memory(device or mx.default_device())
+        is_resident = bool(packed) and stays_packed(weights, dense, free)
+        if is_resident and weights == "auto":
+            print(packed_note(dense, free), file=sys.stderr)
+        if is_resident:
             keep_quantized(lm, packed)
         else:
             for path, (group_size, bits) in packed.items():
@@ -260,6 +277,15 @@ def load_pretrained(
     lm.load_weights(arrays)
     lm.freeze()
     return lm.eval()
+
+
+def free_memory(device: mx.Device) -> int:
+    """Bytes that weights on this device may still take."""
+    if device.type == mx.DeviceType.gpu:
+        known = mx.device_info(device)  # Metal has the former key, CUDA the latter
+        if most := known.get("max_recommended_working_set_size") or known.get("total_memory"):
+            return int(most) - mx.get_active_memory()
+    return environment.free_memory()
 
 
 def frozen_hash(lm: nn.Module) -> str:

@@ -16,7 +16,7 @@ class FrozenLM:
     hidden_size: int
     vocab_size: int
     sha256: str = ""  # of the weights, recorded in every checkpoint
-    weights: str = "dequantized"  # or "resident": packed weights stay packed
+    weights: str = "dequantized"  # or "resident": packed weights stay packed; or "auto": by free memory
     decoder: DecoderSpec | None = None  # of a run of this project; `directory` is then its checkpoint
 
 

@@ -90,7 +90,7 @@ ROOMS = (
 )
 # The left half and the protocols; `llm_*` read a pretrained directory, `checkpoint` checks names and shapes.
 LEFT_HALF = {"errors", "spec", "init", "ops", "data", "objectives"}
-OPEN_TO_BACKENDS = LEFT_HALF | {"backend", "optim", "blas", "llm_config", "llm_source", "checkpoint"}
+OPEN_TO_BACKENDS = LEFT_HALF | {"backend", "optim", "blas", "environment", "llm_config", "llm_source", "checkpoint"}
 FRAMEWORK_HOOKS = {"train"}  # methods one framework calls itself: torch's switch between training and evaluation
 MAY_IMPORT_A_FRAMEWORK = {"environment"}  # inside a function, to ask an installed framework for its device
 

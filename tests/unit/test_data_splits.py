@@ -116,3 +116,22 @@ def test_har_subjects(shared_data: Path) -> None:
     subjects = {name: {row.group for row in rows} for name, rows in splits.items()}
     assert subjects["test"] == {"25", "26", "27", "28", "29", "30"}
     assert [len(s) for s in subjects.values()] == [12, 3, 6]
+
+
+def write_csv(path: Path, labels: str) -> None:
+    path.write_text("label,series\n" + "".join(f'{label},"[1, 2, {i}]"\n' for i, label in enumerate(labels)))
+
+
+@pytest.mark.parametrize(("train", "test", "listed"), [("bca", "ca", "abc"), ("ca", "cb", "acb"), ("ab", "ba", "ab")])
+def test_all_files_list_the_same_classes(tmp_path: Path, train: str, test: str, listed: str) -> None:
+    """What a prompt lists must not depend on which answers its file happens to hold."""
+    write_csv(tmp_path / "a.csv", train)
+    write_csv(tmp_path / "b.csv", test)
+    spec = SplitSpec(file={"test": "b.csv", "train": "a.csv"})
+    for names in ({}, {"a": "A", "b": "B", "c": "C"} if set(train) == set("abc") else {}):
+        splits = load_splits(tmp_path, "auto", spec, label_names=names)
+        for row in (*splits["train"], *splits["test"]):
+            assert row.options == tuple(names.get(label, label) for label in listed)
+            assert row.post_prompt == f"Options: {', '.join(row.options)}. Answer:"
+        assert [row.answer for row in splits["test"]] == [names.get(label, label) for label in test]
+    assert list(splits) == ["train", "test"]
