@@ -57,7 +57,8 @@ def resolve_llm(llm_id: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise ConfigError(f"{llm_id!r} is a file; give the directory that holds config.json and *.safetensors")
+        own = "; a checkpoint of OpenTSLM is what a run starts from: training.init_from" if path.suffix == ".pt" else ""
+        raise ConfigError(f"{llm_id!r} is a file; give the directory that holds config.json and *.safetensors{own}")
     if _looks_like_path(llm_id):
         near = _near(path)
         hint = f"did you mean {' or '.join(map(str, near))}? " if near else ""

@@ -4,6 +4,7 @@ Legend: L tokens and patches of one row, T samples of one series, n series of on
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -62,7 +63,8 @@ class PromptEncoder:
 
     `patch_size` 0: the model reads no series, and a row that has some is an error.
 
-    `max_length`: longer rows lose the end of their answer; a row that would lose all of it is an error.
+    `max_length`: longer rows lose the end of their answer, which is said once; a row that would lose all of it is an
+    error.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class PromptEncoder:
         self.max_length = max_length
         self.max_patches = max_patches
         self.max_series = max_series
+        self._has_said_cut = False
         self._ids = lru_cache(maxsize=8192)(tokenizer.encode)  # prompts and answers repeat; callers never mutate
 
     def check(self, row: Row, *, with_answer: bool = True) -> None:
@@ -115,6 +118,7 @@ class PromptEncoder:
         else:
             prompt, places, answer = self._opentslm(row, stats, num_patches, with_answer, ablate)
         self._check_length(row, len(prompt), with_answer)
+        self._say_cut(row, len(prompt) + len(answer))
         tokens = (prompt + answer)[: self.max_length]
         places += [0] * (len(tokens) - len(prompt))
         return Encoded(
@@ -235,6 +239,15 @@ class PromptEncoder:
         if ablate:
             return np.zeros((len(stats), 2), np.float32)
         return np.array([s.features() for s in stats], np.float32).reshape(-1, 2)
+
+    def _say_cut(self, row: Row, length: int) -> None:
+        if self.max_length is not None and length > self.max_length and not self._has_said_cut:
+            self._has_said_cut = True
+            print(
+                f"note: {row.name} has {length} tokens and patches, and max_length is {self.max_length}: the end of "
+                "its answer is cut off and not learnt, as that of every longer row (`mlx-training doctor` shows them)",
+                file=sys.stderr,
+            )
 
     def _check_length(self, row: Row, prompt_length: int, with_answer: bool) -> None:
         if prompt_length == 0:

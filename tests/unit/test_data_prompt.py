@@ -159,10 +159,19 @@ def test_bad_rows_are_named(tiny_tokenizer: Tokenizer, bad: Row, message: str) -
         PromptEncoder(tiny_tokenizer, 4, max_length=60, max_patches=3, max_series=2).encode(bad)
 
 
-def test_long_answers_lose_their_end_and_only_that(tiny_tokenizer: Tokenizer) -> None:
+def test_long_answers_lose_their_end_and_only_that(
+    tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = PromptEncoder(tiny_tokenizer, 4).encode(row([1, 2], answer="down " * 20))
     limit = full.prompt_length + 1
-    cut = PromptEncoder(tiny_tokenizer, 4, max_length=limit).encode(row([1, 2], answer="down " * 20))
+    assert "cut off" not in capsys.readouterr().err
+    encoder = PromptEncoder(tiny_tokenizer, 4, max_length=limit)
+    cut = encoder.encode(row([1, 2], answer="down " * 20))
+    encoder.encode(row([1, 2], answer="up " * 20))
+    said = capsys.readouterr().err
+    assert (
+        said.count("cut off") == 1 and f"has {full.tokens.size} tokens and patches, and max_length is {limit}" in said
+    )
     np.testing.assert_array_equal(cut.tokens, full.tokens[:limit])
     assert cut.patch_place.size == limit
     with pytest.raises(DataError, match=f"max_length {limit - 1} leaves no place for the answer"):
