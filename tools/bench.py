@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for name in [] if args.plot else args.tables or (["cuda"] if args.device == "cuda" else list(CPU)):
             print(f"== {name}: {(TABLES[name].__doc__ or '').splitlines()[0]}", flush=True)
+            said = header()  # of what is measured, whatever is committed meanwhile
             try:
                 results = TABLES[name](bench)
             except PeerError as error:
@@ -53,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = True
                 continue
             if args.write:
-                said = header()
                 RESULTS.mkdir(exist_ok=True)
                 text = "".join(f"{line}\n" for result in results for line in result.lines())
                 (RESULTS / f"{name}.txt").write_text(f"{said}# {(TABLES[name].__doc__ or '').splitlines()[0]}\n{text}")
@@ -83,6 +83,8 @@ def arguments(argv: Sequence[str] | None, tables: list[str]) -> argparse.Namespa
     args = parser.parse_args(argv)
     if unknown := set(args.tables) - set(tables):
         parser.error(f"unknown table {', '.join(sorted(unknown))}; there are: {', '.join(tables)}")
+    if args.device == "cuda" and set(args.tables) - {"cuda"}:
+        parser.error("--device cuda runs the table cuda; all others are for the CPU")
     return args
 
 

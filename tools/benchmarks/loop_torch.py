@@ -1,8 +1,5 @@
-"""The speed of light in PyTorch: the time-series LM's step written out by hand, with the levers that ours has.
-
-What stands before the series without gradients (once, where all rows share it), fused attention, the last layer and the
-head at labels alone, no gradients of frozen weights, fused AdamW; batches are ready before the clock starts.
-"""  # shapes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim
+"""The speed of light in PyTorch: the time-series LM's step written out by hand, with the levers that ours has."""
+# Shapes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim
 
 import json
 from pathlib import Path
@@ -67,6 +64,8 @@ class Llama:
                 cos, sin = (t[start + places_BK][:, None] for t in (self.cos, self.sin))
                 mask = (torch.arange(start + L, device=x_BLH.device) <= start + places_BK[..., None])[:, None]
             q = rotate(self.heads(i, "q_proj", n_BLH), cos, sin)
+            if q.is_cuda and mask is not None:  # grouped heads under a mask have no fused kernel there
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
             x_BLH = x_BLH + self.project(i, "self_attn.o_proj", out.transpose(1, 2).flatten(2))
             n_BLH = self.norm(x_BLH, f"layers.{i}.post_attention_layernorm")
@@ -102,8 +101,8 @@ def timeseries(llm: str, rows: dict[str, Any], precision: str = "float32", devic
     """Steps of the time-series LM; `compile` in the options compiles the loss, as one does on CUDA."""
     lm, compiles = Llama(Path(llm), getattr(torch, precision), device), options.pop("compile", False)
     p = {name: torch.from_numpy(w).to(device) for name, w in initialise(timeseries_spec(Path(llm)), 0).items()}
-    parts = {part: [w.requires_grad_() for name, w in p.items() if name.startswith(part)] for part in RATES}
-    groups = [{"params": parts[part], "lr": rate} for part, rate in RATES.items()]
+    own = {part: [w.requires_grad_() for n, w in p.items() if n.startswith(part)] for part in RATES}
+    groups = [{"params": own[part], "lr": rate} for part, rate in RATES.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, fused=True)
     stream, table = prepared(llm, rows, **options), lm.w["model.embed_tokens.weight"]
     kept: dict[bytes, KeysValues] = {}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,22 @@ from safetensors.numpy import save_file
 from mlx_training.data.corpus import corpus_documents
 from mlx_training.data.rows import Row
 from mlx_training.data.tokenizer import train_bpe
+from mlx_training.quantize import quantize_directory
 
 WORDS = 3000  # made up; a BPE of them fills a vocabulary of 4,096
 STD = 0.05
 
 
-def llama(directory: Path, *, hidden: int = 256, layers: int = 4, vocab: int = 4096, head_dim: int = 32) -> Path:
-    """Write a Llama (float32 that bfloat16 holds exactly, 4 queries a key) with its tokenizer."""
+def llama(
+    directory: Path, *, hidden: int = 256, layers: int = 4, vocab: int = 4096, head_dim: int = 32, bits: int = 0
+) -> Path:
+    """Write a Llama (float32 that bfloat16 holds exactly, 4 queries a key) with its tokenizer; quantised if `bits`."""
     if (directory / "config.json").is_file():
+        return directory
+    if bits:
+        with TemporaryDirectory() as folder:
+            dense = llama(Path(folder), hidden=hidden, layers=layers, vocab=vocab, head_dim=head_dim)
+            quantize_directory(dense, directory, bits)
         return directory
     rng = np.random.default_rng(0)
     words = vocabulary()

@@ -66,10 +66,10 @@ class Training:
         return {"tokens": tokens / steps, "loss": loss}
 
 
-def timeseries_spec(llm: Path) -> TimeSeriesSpec:
+def timeseries_spec(llm: Path, weights: str = "dequantized") -> TimeSeriesSpec:
     """The published encoder in front of a directory's LM."""
     info = describe_llm(llm)
-    return TimeSeriesSpec(FrozenLM(llm, info.hidden_size, info.vocab_size), EncoderSpec())
+    return TimeSeriesSpec(FrozenLM(llm, info.hidden_size, info.vocab_size, weights=weights), EncoderSpec())
 
 
 def encoder_of(llm: Path) -> PromptEncoder:
@@ -84,14 +84,25 @@ def prepared(llm: str, rows: dict[str, Any], batch_size: int = 4, fixed: bool = 
 
 
 def timeseries(
-    llm: str, rows: dict[str, Any], backend: str = "torch", batch_size: int = 4, fixed: bool = False, **runtime: Any
+    llm: str,
+    rows: dict[str, Any],
+    backend: str = "torch",
+    batch_size: int = 4,
+    fixed: bool = False,
+    weights: str = "dequantized",
+    keeps_rows: bool = True,
+    **runtime: Any,
 ) -> Run:
-    """Steps of the time-series LM. `fixed`: one batch for ever, its lengths as equal as can be."""
+    """Steps of the time-series LM. `fixed`: one batch for ever, its lengths as equal as can be.
+
+    `keeps_rows`: encoded rows are kept, not made again.
+    """
     directory = Path(llm)
-    batches = Batches(material.rows(**rows), encoder_of(directory).encode, batch_size, 0, collate)
+    encode = encoder_of(directory).encode
+    batches = Batches(material.rows(**rows), encode, batch_size, 0, collate, cache=keeps_rows)
     stream = iter(lambda: batches.batch(0), None) if fixed else batches.prefetch(0)
     runtime = {"device": "cpu"} | runtime
-    return Training(timeseries_spec(directory), stream, backend, RATES, OPTIM, runtime)
+    return Training(timeseries_spec(directory, weights), stream, backend, RATES, OPTIM, runtime)
 
 
 def decoder(preset: str, tokens: str, vocab: int, batch_size: int, backend: str = "torch", **runtime: Any) -> Run:

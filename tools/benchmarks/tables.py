@@ -12,7 +12,7 @@ from tools.benchmarks.costs import costs, share_of_peak
 from tools.benchmarks.growth import growth
 from tools.benchmarks.listing import Listing
 from tools.benchmarks.lora import lora
-from tools.benchmarks.measure import Measured, compare
+from tools.benchmarks.measure import Measured, PeerError, compare
 from tools.benchmarks.padding import padding
 from tools.benchmarks.startup import CODE, startup
 
@@ -70,6 +70,7 @@ def opentslm(bench: Bench) -> list[Measured]:
         ("1 x 128", ROWS, "", "float32", ">= 1.8", {}),
         ("3 x 128", ROWS | {"num_series": 3}, "", "float32", ">= 1.7", {}),
         ("1 x 128", ROWS, "", "bfloat16", ">= 1.2", {}),
+        ("3 x 128", ROWS | {"num_series": 3}, "", "bfloat16", ">= 1.2", few),
         ("1 x 128, vocabulary 128,256", ROWS, "large", "bfloat16", ">= 6; memory <= 0.5", few),
         ("12 x 1,000", {"num_rows": 4, "num_series": 12, "samples": 1000}, "", "bfloat16",
          ">= 3; memory <= 0.35", few | {"repetitions": 1, "warm_up": 0}),
@@ -103,13 +104,35 @@ def limit(bench: Bench) -> list[Measured]:
     """Ours against the hand-written loop with the same levers, on the same batches (equal losses prove it)."""
     found = []
     for backend in bench.backends:
-        for name, rows in {"1 x 128": ROWS, "1 x 128, instruction of 200 tokens": ROWS | {"instruction": 120}}.items():
+        changed = {"": {}, ", instruction of 200 tokens": {"instruction": 120}}
+        works = {f"1 x 128{name}": change for name, change in changed.items()} | {"3 x 128": {"num_series": 3}}
+        for name, changes in works.items():
+            rows = ROWS | changes
             shared = {"llm": bench.llm(), "rows": rows}
             sides = {
                 f"hand-written loop ({backend})": (f"loop_{backend}:timeseries", shared),
                 f"ours ({backend})": ("ours:timeseries", shared | {"backend": backend}),
             }
             found.append(bench.compare(f"{name}, float32", sides, target="<= 1.05"))
+    return found
+
+
+def levers(bench: Bench) -> list[Measured]:
+    """A step of the time-series LM as it is by default, and without one lever at a time; the LM has 4 bits."""
+    found = []
+    for backend in bench.backends:
+        shared = {"llm": bench.llm(bits=4), "rows": ROWS, "backend": backend}
+        without: dict[str, dict[str, Any]] = {
+            "all levers": {},
+            "trim_last_layer: false": {"trim_last_layer": False},
+            "frozen_prefix: off": {"frozen_prefix": "off"},
+            "llm_weights: resident": {"weights": "resident"},
+            "rows encoded for every batch": {"keeps_rows": False},
+        }
+        if backend == "mlx":
+            without["compile: off"] = {"compile": "off"}
+        sides = {f"{name} ({backend})": ("ours:timeseries", shared | change) for name, change in without.items()}
+        found.append(bench.compare("1 x 128, 4-bit LM", sides, target="each >= 1"))
     return found
 
 
@@ -165,6 +188,10 @@ def cuda(bench: Bench) -> list[Measured | Listing]:
 
     Ours compiles there too, by its default.
     """
+    import torch
+
+    if not torch.cuda.is_available():  # before 2 GB of weights are drawn
+        raise PeerError("PyTorch finds no CUDA device here; the other tables are for the CPU")
     llm = bench.llm(hidden=2048, layers=16, vocab=LARGE_VOCABULARY, head_dim=64)
     rows = {"num_rows": 128, "samples": 1600, "question": 40}
     shared = {"llm": llm, "rows": rows, "batch_size": 32, "precision": "bfloat16", "device": "cuda", "fixed": True}
@@ -193,6 +220,7 @@ CPU: dict[str, Table] = {
     "opentslm": opentslm,
     "instruction": instruction,
     "limit": limit,
+    "levers": levers,
     "pretraining": pretraining,
     "head": head,
     "padding": padding,
