@@ -52,7 +52,7 @@ UNREAD = {
         *("dataset.splits.group", "dataset.splits.by_group"),
     ),
 }
-RECOMPUTED = ("decoder",)  # families that training.gradient_checkpointing is for
+RECOMPUTED = ("decoder", "pretrained", "timeseries")  # families that training.gradient_checkpointing is for
 NUM_GENERATED = {"train": 100_000, "validation": 500, "test": 1000}
 
 

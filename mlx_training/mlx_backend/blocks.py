@@ -86,6 +86,8 @@ class Block(nn.Module):
 
     def __call__(self, x_BTH: mx.array, seen: Seen, places_BK: mx.array | None = None) -> mx.array:
         """Of all places (B, T, H), or of some (B, K, H): keys and values are computed everywhere, the rest there."""
+        if places_BK is not None:  # a layer that is computed again has gradients of all its arguments
+            places_BK = mx.stop_gradient(places_BK)
         change = self.self_attn(self.input_layernorm(x_BTH), seen, places_BK)
         if places_BK is not None:
             x_BTH = at_places(x_BTH, places_BK)

@@ -96,6 +96,7 @@ class KVCache:
         self.left_padding = mx.array(left_padding)
         self.is_padded = any(left_padding)
         self.length = 0
+        self.keeps = True  # new keys and values; else a layer may be computed twice
 
     @classmethod
     def after(cls, past: mx.array, num_rows: int) -> "KVCache":
@@ -109,9 +110,15 @@ class KVCache:
     def append(self, layer: int, k_BKTD: mx.array, v_BKTD: mx.array) -> tuple[mx.array, mx.array]:
         """Append new keys and values of one layer; everything so far (B, K, S, D)."""
         k, v = (self._grown(*pair) for pair in ((self.keys[layer], k_BKTD), (self.values[layer], v_BKTD)))
-        self.keys[layer], self.values[layer] = k, v
+        if self.keeps:
+            self.keys[layer], self.values[layer] = k, v
         end = self.length + k_BKTD.shape[2]
         return k[:, :, :end], v[:, :, :end]
+
+    def grow(self, num_new: int) -> None:
+        """All layers have had their new keys and values."""
+        if self.keeps:
+            self.length += num_new
 
     def _grown(self, old_BKSD: mx.array | None, new_BKTD: mx.array) -> mx.array:
         """The old places and the new; single tokens are written into room that is left for those after them."""

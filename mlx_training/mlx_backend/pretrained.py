@@ -6,7 +6,7 @@ Shape suffixes: B rows, L tokens, T new tokens, S cached tokens, H hidden, K key
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ from mlx_training.mlx_backend.quant import dense_weight, dequantize, keep_quanti
 from mlx_training.spec import FrozenLM, PretrainedSpec
 
 NUM_KEPT = 4  # beginnings that rows share
+Run = Callable[..., mx.array]  # (layer, its arguments) -> its output
+
+
+def run_at_once(layer: nn.Module, *args: Any) -> mx.array:
+    """The layer's output."""
+    return layer(*args)
 
 
 class PretrainedLM(nn.Module):
@@ -61,12 +67,17 @@ class PretrainedLM(nn.Module):
         x_BLH = self.model.embed_tokens(tokens_BL)
         return x_BLH if self.embed_scale == 1.0 else x_BLH * mx.array(self.embed_scale, x_BLH.dtype)
 
-    def hidden(self, x_BLH: mx.array, places_BK: mx.array | None = None, past: mx.array | None = None) -> mx.array:
+    def hidden(
+        self, x_BLH: mx.array, places_BK: mx.array | None = None, past: mx.array | None = None, run: Run = run_at_once
+    ) -> mx.array:
         """Final hidden states (B, L, H), or those of some places (B, K, H).
 
         Rows are padded at the end only, so a causal model needs no mask. `past` stands before x; see `cache_after`.
+        `run` calls a layer, perhaps a second time in the backward pass.
         """
-        return self.extend(x_BLH, self.cache_after(past, x_BLH.shape[0]), places_BK)
+        cache = self.cache_after(past, x_BLH.shape[0])
+        cache.keeps = False
+        return self.extend(x_BLH, cache, places_BK, run)
 
     @property
     def head_layer(self) -> nn.Module:
@@ -87,29 +98,31 @@ class PretrainedLM(nn.Module):
         """A cache of rows without padding; it begins with `past` (2, layers, B or 1, K, S, D), if there is one."""
         return self.make_cache([0] * num_rows) if past is None else KVCache.after(past, num_rows)
 
-    def extend(self, x_BTH: mx.array, cache: KVCache, places_BK: mx.array | None = None) -> mx.array:
+    def extend(
+        self, x_BTH: mx.array, cache: KVCache, places_BK: mx.array | None = None, run: Run = run_at_once
+    ) -> mx.array:
         """Hidden states of new tokens (B, T, H), or of some of them (B, K, H), after those in the cache; it grows."""
-        x_BTH, seen = self._before_last(x_BTH, cache)
-        x_BTH = self.model.layers[-1](x_BTH, seen, places_BK)
-        cache.length += seen.num_new
+        x_BTH, seen = self._before_last(x_BTH, cache, run)
+        x_BTH = run(self.model.layers[-1], x_BTH, seen, places_BK)
+        cache.grow(seen.num_new)
         return self.model.norm(x_BTH)
 
     def remember(self, x_BTH: mx.array, cache: KVCache) -> None:
         """Keys and values of new tokens join the cache; no hidden states of the last layer are computed."""
         x_BTH, seen = self._before_last(x_BTH, cache)
         self.model.layers[-1].remember(x_BTH, seen)
-        cache.length += seen.num_new
+        cache.grow(seen.num_new)
 
     def select(self, cache: KVCache, rows: Sequence[int]) -> KVCache:
         """A copy of these rows of a cache."""
         return cache.select(rows)
 
-    def _before_last(self, x_BTH: mx.array, cache: KVCache) -> tuple[mx.array, Seen]:
+    def _before_last(self, x_BTH: mx.array, cache: KVCache, run: Run = run_at_once) -> tuple[mx.array, Seen]:
         """What the last layer reads (B, T, H), and what it may look at."""
         layers = self.model.layers
         seen = {kind: self._seen(x_BTH.shape[1], cache, kind) for kind in {layer.is_sliding for layer in layers}}
         for layer in layers[:-1]:
-            x_BTH = layer(x_BTH, seen[layer.is_sliding])
+            x_BTH = run(layer, x_BTH, seen[layer.is_sliding])
         return x_BTH, seen[layers[-1].is_sliding]
 
     def _seen(self, num_new: int, cache: KVCache, is_sliding: bool) -> Seen:
@@ -134,6 +147,9 @@ class PretrainedModel(LanguageModel):
         whole = spec.adapter or spec.llm.decoder  # adapters train everywhere; a decoder has no such levers
         self.frozen_prefix = "off" if whole else runtime.frozen_prefix
         self.trim_last_layer = runtime.trim_last_layer
+        if isinstance(lm, Decoder):
+            lm.gradient_checkpointing = runtime.gradient_checkpointing
+        self.drops_out = spec.adapter is not None and spec.adapter.dropout > 0
         self._kept: dict[bytes, mx.array] = {}  # tokens that all rows of a batch began with -> their `past`
 
     def inputs(self, batch: Batch) -> mx.array:
@@ -143,7 +159,7 @@ class PretrainedModel(LanguageModel):
         if isinstance(self.lm, Decoder):
             return self.lm.hidden(x_BLH, batch)
         assert batch is None or batch.segments is None, "a frozen pretrained LM cannot keep documents apart"
-        return self.lm.hidden(x_BLH)
+        return self.lm.hidden(x_BLH, run=self._run)
 
     def past(self, batch: Batch) -> mx.array | None:
         if not batch.prefix or self.frozen_prefix == "off":
@@ -188,8 +204,8 @@ class PretrainedModel(LanguageModel):
             num_read = batch.past.shape[-2]
             x_BLH, places_BK = x_BLH[:, num_read:], mx.maximum(places_BK - num_read, 0)
         if places_BK is not None and self.trim_last_layer:
-            return self.lm.hidden(x_BLH, places_BK, batch.past)
-        h = self.lm.hidden(x_BLH, past=batch.past)
+            return self.lm.hidden(x_BLH, places_BK, batch.past, self._run)
+        h = self.lm.hidden(x_BLH, past=batch.past, run=self._run)
         return h if places_BK is None else at_places(h, places_BK)
 
     def read(self, batch: Batch) -> tuple[mx.array, Any]:
@@ -201,6 +217,10 @@ class PretrainedModel(LanguageModel):
         num_read = cache.length
         h_B1H = self.lm.extend(x_BLH[:, num_read:], cache, lengths_B[:, None] - 1 - num_read)
         return h_B1H[:, 0], cache.moved_right(lengths_B.tolist())
+
+    @property
+    def _run(self) -> Run:
+        return self.run_layer if self.gradient_checkpointing or self.drops_out else run_at_once
 
     @property
     def head_layer(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """Layers that are computed again in the backward pass: the same gradients, dropout included, and less memory."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from mlx_training import backend as backends
 from mlx_training.backend import Arrays, Optim, Runtime
 from mlx_training.init import initialise
 from mlx_training.objectives.lm import lm
-from mlx_training.spec import DecoderSpec
-from tests.parity.cases import GPT, VOCAB, batches, rates
+from mlx_training.spec import DecoderSpec, Spec
+from tests.parity.cases import GPT, VOCAB, batches, rates, specs
+from tests.parity.tiny_checkpoints import save_tiny_quantized
 
 pytestmark = pytest.mark.usefixtures("both_backends")
 
@@ -23,6 +25,12 @@ CASES = {
     "no dropout": replace(SPEC, dropout=0.0),
     "u-net": replace(SPEC, **U_NET),
 }
+FROZEN = ("timeseries-ours", "timeseries-resident", "timeseries-lora", "pretrained-dora", "pretrained-lora-gpt")
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_quantized("qwen2", tmp_path_factory.mktemp("lm") / "qwen2-4bit")
 
 
 def build(name: str, spec: DecoderSpec, recompute: bool) -> tuple[Any, Any]:
@@ -55,6 +63,30 @@ def test_gradients_are_the_same(case: str, backend_name: str, uncompiled: None) 
         other, _ = train(backend_name, spec, True, seed=1)
         assert np.abs(np.subtract(other, again)).max() > 1e-3, "nothing was dropped"
         assert len({round(loss, 5) for loss in again}) == 3
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_models(case: str, backend_name: str, llm: Path, uncompiled: None) -> None:
+    """The same trained values, in front of or inside a frozen model, adapters' dropout included."""
+    spec: Any = specs(llm)[case]
+    if spec.adapter:
+        spec = replace(spec, adapter=replace(spec.adapter, dropout=0.3))
+    found = []
+    for recompute in (False, True):
+        backend = backends.get(backend_name, Runtime(device="cpu", gradient_checkpointing=recompute))
+        model = backend.build(spec)
+        start = backend.export(model) | initialise(spec, 0)
+        backend.load(model, start)
+        step = backend.make_step(model, lm, Optim("sgd"), seed=0)
+        data = enumerate(batches(spec, 3), start=1)
+        losses = [float(step([batch], step=i, lr=rates(spec, 5, 40))["loss"]) for i, batch in data]
+        found.append((losses, backend.export(model)))
+    (kept, kept_ends), (again, ends) = found
+    assert again == pytest.approx(kept, rel=1e-6)
+    moved = {name: float(np.abs(array - start[name]).max()) for name, array in kept_ends.items()}
+    assert any(moved.values())
+    for name, array in ends.items():
+        assert np.abs(array - kept_ends[name]).max() <= 1e-6 + 1e-5 * moved[name], name
 
 
 def test_compiled_on_mlx() -> None:
@@ -95,8 +127,21 @@ def test_less_memory(backend_name: str, uncompiled: None) -> None:
     peaks = []
     for recompute in (False, True):
         backend, model = build(backend_name, spec, recompute)
-        peaks.append(MEASURE[backend_name](backend, model, long_batch(spec)))
+        peaks.append(MEASURE[backend_name](backend, model, long_batch(spec), spec))
     assert peaks[1] < 0.65 * peaks[0]
+
+
+def test_frozen_models_keep_less(backend_name: str, llm: Path, uncompiled: None) -> None:
+    """Of two layers with adapters everywhere."""
+    spec: Any = specs(llm)["timeseries-lora"]
+    (batch,) = batches(spec, 1, batch_size=64)
+    peaks = []
+    for recompute in (False, True):
+        backend = backends.get(backend_name, Runtime(device="cpu", gradient_checkpointing=recompute))
+        model = backend.build(spec)
+        backend.load(model, backend.export(model) | initialise(spec, 0))
+        peaks.append(MEASURE[backend_name](backend, model, batch, spec))
+    assert peaks[1] < 0.9 * peaks[0]
 
 
 def long_batch(spec: DecoderSpec) -> Any:
@@ -105,7 +150,7 @@ def long_batch(spec: DecoderSpec) -> Any:
     return replace(batch, **arrays, lengths=np.full(8, 228, np.int32))
 
 
-def _saved_by_torch(backend: Any, model: Any, batch: Any) -> int:
+def _saved_by_torch(backend: Any, model: Any, batch: Any, spec: Spec) -> int:
     """Bytes that autograd holds between forward and backward."""
     import torch
 
@@ -121,13 +166,13 @@ def _saved_by_torch(backend: Any, model: Any, batch: Any) -> int:
     return sum(held.values())
 
 
-def _peak_of_mlx(backend: Any, model: Any, batch: Any) -> int:
+def _peak_of_mlx(backend: Any, model: Any, batch: Any, spec: Spec) -> int:
     import mlx.core as mx
 
     step = backend.make_step(model, lm, Optim("sgd"), seed=0)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    float(step([batch], step=1, lr={"model": 0.0})["loss"])
+    float(step([batch], step=1, lr=dict.fromkeys(spec.groups, 0.0))["loss"])
     return mx.get_peak_memory() - before
 
 

@@ -67,10 +67,12 @@ def test_conflicts(overrides: list[str], key: str, message: str, config: Path) -
     assert key in str(raised.value) and message in str(raised.value)
 
 
-def test_gradient_checkpointing_is_for_decoders(tmp_path: Path) -> None:
+def test_gradient_checkpointing_is_for_layers_of_transformers(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(BASE)
     assert load_config(path, ["training.gradient_checkpointing=true"]).training.gradient_checkpointing
     path.write_text("model: {family: timeseries}\ndataset: {format: questions}\ntraining: {max_steps: 10}\n")
-    with pytest.raises(ConfigError, match="it is for decoder"):
+    assert load_config(path, ["training.gradient_checkpointing=true"]).training.gradient_checkpointing
+    path.write_text("model: {family: recurrent}\ndataset: {format: corpus}\ntraining: {max_steps: 10}\n")
+    with pytest.raises(ConfigError, match="it is for decoder, pretrained, timeseries"):
         load_config(path, ["training.gradient_checkpointing=true"])
