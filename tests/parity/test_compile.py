@@ -87,8 +87,8 @@ def test_generated_code(family: str, tmp_path: Path) -> None:
             for n in range(8)
         ]
         batches = [collate(row, range(3)) for row in rows]
-    plain, _ = steps("torch", spec, batches, "off", gradient_checkpointing=family == "decoder")
-    found, num_graphs = steps("torch", spec, batches, "on", gradient_checkpointing=family == "decoder")
+    plain, _ = steps("torch", spec, batches, "off", gradient_checkpointing=True)
+    found, num_graphs = steps("torch", spec, batches, "on", gradient_checkpointing=True)
     assert found == pytest.approx(plain, rel=1e-6)
     print(f"{family}: {num_graphs} graphs for {len(batches)} lengths")
     assert num_graphs <= 6
