@@ -189,8 +189,10 @@ def cuda(bench: Bench) -> list[Measured | Listing]:
 
     Ours compiles there too, by its default.
     """
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise PeerError("PyTorch is not installed") from error
     if not torch.cuda.is_available():  # before 2 GB of weights are drawn
         raise PeerError("PyTorch finds no CUDA device here; the other tables are for the CPU")
     llm = bench.llm(hidden=2048, layers=16, vocab=LARGE_VOCABULARY, head_dim=64)
