@@ -19,7 +19,7 @@ from mlx_training.data.augment import Augmentation
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import Batches, eval_batches
 from mlx_training.data.collate import collate
-from mlx_training.data.importers import LABELLED, SUFFIXES, classes_of, load_rows
+from mlx_training.data.importers import LABELLED, SUFFIXES, load_rows
 from mlx_training.data.prompt import Encoded, PromptEncoder
 from mlx_training.data.questions import QuestionDataset
 from mlx_training.data.rows import Row
@@ -81,7 +81,8 @@ class RowData:
     def read(self, path: Path, *, with_answers: bool = True) -> Sequence[Row]:
         """Every row of another file, in this run's format if that can be, else by the file's suffix; checked."""
         data, by_suffix = self.config.dataset, SUFFIXES.get(path.suffix)
-        own = SUFFIXES.get(Path(data.path or "").suffix) if data.format == "auto" else data.format
+        first = data.splits.file.train if data.splits and data.splits.file else data.path
+        own = SUFFIXES.get(Path(first or "").suffix) if data.format == "auto" else data.format
         is_raw = own is not None and own not in ("questions", *SUFFIXES.values())  # tsqa, m4, ...: several suffixes
         if own == by_suffix or (is_raw and by_suffix in (None, "jsonl", "parquet", "csv")):
             given = data.options.model_dump(exclude_none=True)
@@ -93,9 +94,9 @@ class RowData:
 
     def _classes(self, path: Path) -> tuple[str, ...]:
         """The classes that this run's prompts list; without its data those of the file are all there are."""
-        data = self.config.dataset
         try:
-            return classes_of(self.rows("train"), data.path or "", data.format)
+            splits = vars(self).get("splits") or _row_splits(self.config)  # not checked row by row for that
+            return splits["train"][0].options
         except DataError as error:
             print(f"note: the options of {path} come from that file alone; {error}", file=sys.stderr)
             return ()

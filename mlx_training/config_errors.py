@@ -83,16 +83,17 @@ def closest_key(key: str, known: Collection[str]) -> str | None:
     """The dotted key that was meant: of the same section, else nearly the same anywhere."""
     section, _, name = key.rpartition(".")
     names = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
-    if (meant := _closest_name(name, names)) is not None:
-        return names[meant]
+    if meant := _closest_names(name, names):
+        return names[meant[0]]
     return next(iter(get_close_matches(key, {other for other in known if not key.startswith(f"{other}.")}, 1)), None)
 
 
-def _closest_name(name: str, names: Collection[str]) -> str | None:
-    """The one that has these initials (lr) or this word (clip), is nearly the same, or begins so."""
+def _closest_names(name: str, names: Collection[str]) -> list[str]:
+    """Those that have these initials (lr) or this word (clip); else one that is nearly the same, or begins so."""
     found = [other for other in names if len(name) > 1 and "".join(word[:1] for word in other.split("_")) == name]
-    found += [other for other in names if name in other.split("_")] + get_close_matches(name, names, 1)
-    return next(iter(found + [other for other in names if other.startswith(name) and len(name) > 2]), None)
+    found += [other for other in names if name in other.split("_") and other not in found]
+    found = found or get_close_matches(name, names, 1)
+    return found[:3] or [other for other in names if other.startswith(name) and len(name) > 2][:1]
 
 
 def _given_path(loc: KeyPath, data: Any) -> KeyPath:
@@ -185,9 +186,8 @@ def _unknown_key(path: KeyPath, data: Mapping[str, Any], schema: Schema) -> str:
         return (
             f"unknown key; it belongs to the family {' or '.join(owners)}, and model.family is {given}; {allowed_here}"
         )
-    close = _closest_name(name, siblings)
-    if close is not None:
-        meant = [".".join(map(str, (*parent, close)))]
+    if close := _closest_names(name, siblings):
+        meant = [".".join(map(str, (*parent, key))) for key in close]
     else:
         places = _places(schema, schema, data)
         meant = places.get(name) or places.get(next(iter(get_close_matches(name, places, 1, 0.8)), ""), [])

@@ -35,8 +35,8 @@ class PretrainedConfig(Section):
     llm_revision: str | None = None
     """Commit, tag or branch of a hub id."""
     llm_weights: Literal["auto", "dequantized", "resident"] = "auto"
-    """Quantised weights: expanded once, which is faster, or kept packed; auto expands them where that takes half of
-    the memory at most that is free when the model is loaded."""
+    """Quantised weights: expanded once, which is faster, or kept packed; auto expands them where that takes at
+    most half of the memory that is free when the model is loaded."""
     lora: LoRAConfig = LoRAConfig()
     context_length: Count = 128
     """Tokens per training window of text; rows have dataset.max_length."""

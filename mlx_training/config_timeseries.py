@@ -52,8 +52,8 @@ class TimeSeriesConfig(Section):
     llm_revision: str | None = None
     """Commit, tag or branch of a hub id."""
     llm_weights: Literal["auto", "dequantized", "resident"] = "auto"
-    """Quantised weights: expanded once, which is faster, or kept packed; auto expands them where that takes half of
-    the memory at most that is free when the model is loaded."""
+    """Quantised weights: expanded once, which is faster, or kept packed; auto expands them where that takes at
+    most half of the memory that is free when the model is loaded."""
     train_lm_head: bool = False
     """Train a copy of the LM's output head as well (learning-rate group lm_head)."""
     lora: LoRAConfig | None = None

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -141,12 +142,15 @@ def _num_cpus() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of the machine's memory that nobody needs now; where the system does not say so, all of it."""
-    try:
+    """Bytes of the machine's (or container's) memory that nobody needs now; where no system says so, all there are."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(0, most - used))
+    return min(found)
 
 
 def _memory_gb() -> float:

@@ -55,7 +55,7 @@ def _rows(key: str, field: FieldInfo, data: dict[str, Any]) -> Iterator[str]:
     if not nested or field.description or not isinstance(field.default, Section):
         default = "required" if field.is_required() else f"`{_spell(field.default)}`"
         words = allowed(tuple(int(part) if part.isdigit() else part for part in key.split(".")), data, SCHEMA)
-        description = (field.description or "").replace("<", "&lt;")  # <bos> is no HTML
+        description = " ".join((field.description or "").split()).replace("<", "&lt;")  # <bos> is no HTML
         yield f"| `{key}` | {words} | {default} | {description} |\n"
     for section in nested:
         if any(inner.description for inner in section.model_fields.values()):

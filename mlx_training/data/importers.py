@@ -261,7 +261,7 @@ def _classification_rows(
     labels = sorted(set(labels))
     names = {str(label): name for label, name in (label_names or {}).items()}
     unknown = [label for label in names if label not in labels and names[label] not in classes]
-    if unknown:
+    if unknown and not names.keys() >= set(labels):  # else other files hold what this one lacks
         raise DataError(f"{path}: label_names has {unknown[0]!r}, but the labels are {', '.join(labels)}")
     answers = {label: names.get(label, label) for label in labels}
     lists_options = "{options}" in post_prompt

@@ -56,7 +56,8 @@ def activation_bytes(spec: SSMSpec, rows: int, tokens: int, backend: str, width:
 
 def scanned_bytes(spec: SSMSpec, rows: int, tokens: int, backend: str) -> int:
     """Bytes of the states that one layer of mamba makes again in its backward pass."""
-    return "mamba" in spec.mixers and FLOAT32 * SCANNED[backend] * rows * tokens * spec.inner_size * spec.state_size
+    states = rows * tokens * spec.inner_size * spec.state_size
+    return FLOAT32 * SCANNED[backend] * states if "mamba" in spec.mixers else 0
 
 
 def _layer_flops(spec: SSMSpec, mixer: SSMMixer, rows: int, tokens: int) -> int:

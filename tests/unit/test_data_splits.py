@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_training.assemble import assemble
+from mlx_training.config import load_config
 from mlx_training.data.rows import Row, write_rows
 from mlx_training.data.splits import SplitSpec, load_splits, split_rows
 from mlx_training.errors import ConfigError, DataError
@@ -128,10 +130,36 @@ def test_all_files_list_the_same_classes(tmp_path: Path, train: str, test: str, 
     write_csv(tmp_path / "a.csv", train)
     write_csv(tmp_path / "b.csv", test)
     spec = SplitSpec(file={"test": "b.csv", "train": "a.csv"})
-    for names in ({}, {"a": "A", "b": "B", "c": "C"} if set(train) == set("abc") else {}):
+    for names in ({}, {label: label.upper() for label in listed}):
         splits = load_splits(tmp_path, "auto", spec, label_names=names)
         for row in (*splits["train"], *splits["test"]):
             assert row.options == tuple(names.get(label, label) for label in listed)
             assert row.post_prompt == f"Options: {', '.join(row.options)}. Answer:"
         assert [row.answer for row in splits["test"]] == [names.get(label, label) for label in test]
     assert list(splits) == ["train", "test"]
+
+
+@pytest.mark.parametrize(("path", "format"), [("", "csv"), ("a.csv", "auto"), ("", "auto")])
+def test_another_file_is_asked_as_the_run_is(
+    tmp_path: Path, path: str, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--data FILE` with some of the classes: the run's question, and all of its classes."""
+    write_csv(tmp_path / "a.csv", "abcabc")
+    write_csv(tmp_path / "b.csv", "ab")
+    write_csv(tmp_path / "new.csv", "ba")
+    (tmp_path / "c.yaml").write_text(f"""
+model: {{family: timeseries, encoder: {{patch_size: 1}}}}
+dataset:
+  path: {tmp_path / path}
+  format: {format}
+  splits: {{file: {{train: a.csv, test: b.csv}}}}
+  options: {{question: 'Which?'}}
+training: {{max_steps: 10}}
+""")
+    config = load_config(tmp_path / "c.yaml", ["evaluation.split=test"])
+    row = assemble(config).data.read(tmp_path / "new.csv")[0]
+    assert (row.pre_prompt, row.options) == ("Which?", ("a", "b", "c"))
+    (tmp_path / "a.csv").rename(tmp_path / "moved.csv")
+    if not path:
+        assert assemble(config).data.read(tmp_path / "new.csv")[0].options == ("a", "b")
+        assert "come from that file alone" in capsys.readouterr().err
