@@ -75,7 +75,7 @@ def versions() -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpus": _num_cpus(),
-        "memory_gb": _memory_gb(),
+        "memory_gb": round(_memory() / 2**30, 1),
         "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
     }
 
@@ -143,7 +143,7 @@ def _num_cpus() -> int:
 
 def free_memory() -> int:
     """Bytes of the machine's (or container's) memory that nobody needs now; where no system says so, all there are."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    found = [_memory()]
     with suppress(OSError, ValueError):
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
         found.append(int(line.split()[1]) * 1024)
@@ -153,5 +153,5 @@ def free_memory() -> int:
     return min(found)
 
 
-def _memory_gb() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

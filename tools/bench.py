@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tools.evidence import header
 
     args = arguments(argv, list(TABLES))
-    failed = False
+    failed, said = False, header()  # of what is measured: results that are written change the tree
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(
             args.models or Path(folder),
@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for name in [] if args.plot else args.tables or (["cuda"] if args.device == "cuda" else list(CPU)):
             print(f"== {name}: {(TABLES[name].__doc__ or '').splitlines()[0]}", flush=True)
-            said = header()  # of what is measured, whatever is committed meanwhile
             try:
                 results = TABLES[name](bench)
             except PeerError as error:
