@@ -25,6 +25,7 @@ PACKAGES = {"mlx": "mlx_training.mlx_backend", "torch": "torch_backend"}
 TIMEOUT = 600  # seconds that processes which train together wait for each other
 MAX_LOGITS = 2**26  # that are made at once: a quarter of a gigabyte a copy; more are made in chunks of an eighth of it
 MIN_CHUNK = 256  # labels, for which the head's weights are read once
+MAX_PATCHES = {"cpu": 2**12, "gpu": 2**16}  # that are encoded at once: what caches hold, and what fills a GPU
 PROBE = ("grad_norm", "param_norm", "update_norm", "m_norm", "v_norm", "zeros", "nonfinite")  # figures of a parameter
 
 
@@ -48,6 +49,7 @@ class Runtime:
     compile: Literal["auto", "on", "off"] = "auto"  # the loss of a step on torch, all of a step on MLX
     shard: bool = False  # a model trained from scratch is shared out over the processes, not copied to each
     chunked_head: bool = True  # where there are many logits, some of them after the other, twice
+    chunked_encoder: bool = True  # where there are many patches, some series after the other
 
 
 class Model(Protocol):
@@ -222,6 +224,25 @@ def head_chunks(spec: Spec) -> HeadChunks:
     sizes: Any = spec.llm if isinstance(spec, PretrainedSpec) else spec
     most: int = max(1, MAX_LOGITS // sizes.vocab_size)
     return HeadChunks(most, min(most, max(most // 8, MIN_CHUNK)))
+
+
+@dataclass(frozen=True)
+class EncoderChunks:
+    """Series are encoded together while they have no more than `most` patches, else in chunks of about equal size."""
+
+    most: int
+
+    def of(self, num_series: int, num_patches: int) -> int:
+        """Series of a chunk, each of so many patches: all of them if they are not many, and at least one."""
+        chunks = -(-num_series * num_patches // self.most)
+        return -(-num_series // chunks)
+
+
+def encoder_chunks(runtime: Runtime) -> EncoderChunks:
+    """How the series of a micro-batch are divided; `runtime.device` is resolved."""
+    if not runtime.chunked_encoder:
+        return EncoderChunks(sys.maxsize)
+    return EncoderChunks(MAX_PATCHES["cpu" if runtime.device == "cpu" else "gpu"])
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

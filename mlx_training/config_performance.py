@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 FAMILIES = {  # key -> the families that it is for
     "frozen_prefix": ("timeseries",),
     "trim_last_layer": ("timeseries", "pretrained"),
+    "chunked_encoder": ("timeseries",),
     "shard": ("decoder", "recurrent", "ssm", "kgram"),
 }
 WHOLE_MATRICES = ("muon", "adafactor")  # optimisers whose updates need them
@@ -24,6 +25,8 @@ class Performance(Section):
     """timeseries: what stands before a row's series has no gradient (compute), and what all rows share is read once."""
     trim_last_layer: bool = True
     """A frozen LM's last layer is computed at the places of labels only."""
+    chunked_encoder: bool = True
+    """timeseries: of more than 4,096 patches (on a GPU 65,536) some series are encoded after the other: less memory."""
     chunked_head: bool = True
     """More logits than 2^26 (labels x vocabulary) are made in chunks, and again for their gradients: less memory."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -47,8 +47,22 @@ def mix(
     is_causal = mixer != "bidirectional"
     if segments_BT is None:
         return attend(q_BNTD, k_BKTD, v_BKTD, "causal" if is_causal else None, scale, sinks)
-    same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return attend(q_BNTD, k_BKTD, v_BKTD, same.tril() if is_causal else same, scale, sinks)
+    if not segments_BT.is_cpu or torch.compiler.is_compiling():  # lengths would be waited for, or be traced anew
+        same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+        return attend(q_BNTD, k_BKTD, v_BKTD, same.tril() if is_causal else same, scale, sinks)
+    return _each_document(q_BNTD, k_BKTD, v_BKTD, segments_BT, "causal" if is_causal else None, scale, sinks)
+
+
+def _each_document(
+    q_BNTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, segments_BT: Tensor, mask: str | None, scale: float, sinks: Sinks
+) -> Tensor:
+    """Attention within each of the documents, one after another: no mask, and no scores between two of them."""
+    B, T = segments_BT.shape
+    starts_BT = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0), value=True)
+    lengths = torch.diff(starts_BT.flatten().nonzero()[:, 0], append=torch.tensor([B * T])).tolist()
+    q, k, v = (x.transpose(0, 1).flatten(1, 2).split(lengths, dim=1) for x in (q_BNTD, k_BKTD, v_BKTD))
+    each = (attend(q[i][None], k[i][None], v[i][None], mask, scale, sinks)[0] for i in range(len(lengths)))
+    return torch.cat(list(each), dim=1).unflatten(1, (B, T)).transpose(0, 1)
 
 
 def _local(

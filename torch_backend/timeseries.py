@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_training.backend import Runtime
+from mlx_training.backend import Runtime, encoder_chunks
 from mlx_training.data.batch import Batch
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
 from torch_backend.decoder import Decoder
@@ -121,6 +121,7 @@ class TimeSeriesLM(PretrainedModel):
         super().__init__(spec, lm, runtime)
         self.encoder = Encoder(spec.encoder)
         self.projector = Projector(spec.projector, spec.encoder.hidden_size, spec.llm.hidden_size)
+        self.encoder_chunks = encoder_chunks(runtime)
         self.train_lm_head = spec.train_lm_head
         if self.projector.output_norm is not None:
             nn.init.constant_(self.projector.output_norm.weight, embedding_rms(lm, spec.llm.vocab_size))
@@ -133,12 +134,19 @@ class TimeSeriesLM(PretrainedModel):
         x_BLH = super().inputs(batch)
         if batch.series is None:
             return x_BLH
-        h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches, batch.series_place)
-        patches_SPH = self.projector(h_SPd)
+        patches_SPH = self.patches(batch)
         H = patches_SPH.shape[-1]
         table = torch.cat([patches_SPH.new_zeros(1, H), patches_SPH.view(-1, H)])  # row 0: text
         placed_BLH = F.embedding(batch.patch_index, table).to(x_BLH.dtype)
         return torch.where((batch.patch_index > 0)[..., None], placed_BLH, x_BLH)
+
+    def patches(self, batch: Batch) -> Tensor:
+        """All series of a batch in the LM's space (S, P, H); where they are many, a chunk of them at a time."""
+        S, T = batch.series.shape
+        size = self.encoder_chunks.of(S, T // self.encoder.spec.patch_size)
+        arrays = (batch.series, batch.scale, batch.num_patches, batch.series_place)
+        chunks = zip(*(x.split(size) for x in arrays), strict=True)
+        return torch.cat([self.projector(self.encoder(*chunk)) for chunk in chunks])
 
     @property
     def head_layer(self) -> nn.Module:

@@ -265,4 +265,5 @@ def built(*overrides: str) -> tuple[Any, Any]:
 BUILT = {  # what shows in the model before it has done anything
     "frozen": lambda backend, model: backend.frozen_hash(model),
     "chunks": lambda _, model: model.head_chunks,
+    "encoder_chunks": lambda _, model: model.encoder_chunks,
 }

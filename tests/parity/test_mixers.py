@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -37,6 +38,13 @@ def torch_mix(mixer: str, spec: DecoderSpec, arrays: list[Any], segments: Any, s
     return mix(mixer, spec, q, k, v, segments, SCALE, tuple(sinks) or None).numpy()
 
 
+def torch_compiled_mix(*given: Any) -> np.ndarray:
+    """What torch.compile sees: nothing whose shape depends on the documents."""
+    pytest.importorskip("torch")
+    with patch("torch.compiler.is_compiling", return_value=True):
+        return torch_mix(*given)
+
+
 def by_definition(mixer: Mixer, spec: DecoderSpec, arrays: list[Any], segments: Any, sinks: Any) -> np.ndarray:
     """Every score, those that may not be seen at -inf, softmax."""
     q, k, v = (np.repeat(x, N // x.shape[1], 1) for x in arrays)
@@ -54,7 +62,7 @@ def by_definition(mixer: Mixer, spec: DecoderSpec, arrays: list[Any], segments: 
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-@pytest.mark.parametrize("mix", [mlx_mix, torch_mix])
+@pytest.mark.parametrize("mix", [mlx_mix, torch_mix, torch_compiled_mix])
 @pytest.mark.parametrize(("mixer", "T", "with_documents", "with_sinks"), CASES)
 def test_sparse_equals_definition(
     mix: Callable[..., np.ndarray], mixer: Mixer, T: int, with_documents: bool, with_sinks: bool

@@ -1,5 +1,6 @@
 """What a step need not compute is not missed: with every lever the same losses and parameters, on every LM."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,39 @@ def recording(embed: Any, seen: list[tuple[int, ...]]) -> Any:
         return embed(tokens)
 
     return record
+
+
+def test_many_series_are_encoded_in_chunks(
+    backend_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    """Eight series of 12 patches (padding included), 40 at once: three, three and two; same losses and parameters."""
+    encoder = replace(cases.ENCODER, numeric_scale=True, max_series=3)
+    spec = TimeSeriesSpec(FrozenLM(save_tiny("llama", tmp_path / "lm"), 64, cases.VOCAB), encoder)
+    rng = np.random.default_rng(0)
+    batches = [collate([cases.encoded_row(rng, n) for n in (3, 2)], range(2)) for _ in range(3)]
+    assert {batch.series.shape for batch in batches} == {(8, 12 * encoder.patch_size)}
+    monkeypatch.setattr(backends, "MAX_PATCHES", {"cpu": 40})
+    losses, ends = train(backend_name, spec, batches, {"chunked_encoder": False})
+    sizes = list[int]()
+    kind = type(backends.get(backend_name, Runtime(device="cpu")).build(spec).encoder)
+    record_calls(monkeypatch, kind, sizes)
+    chunked_losses, chunked_ends = train(backend_name, spec, batches, {})
+    assert sizes == [3, 3, 2] * 4  # three micro-batches of training, one scored
+    assert chunked_losses == pytest.approx(losses, rel=1e-6)
+    for name, array in ends.items():
+        np.testing.assert_allclose(chunked_ends[name], array, atol=1e-6, err_msg=name)
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch, kind: Any, sizes: list[int]) -> None:
+    """How many series an encoder of this class is given, call by call."""
+    name = "forward" if hasattr(kind, "forward") else "__call__"
+    call = getattr(kind, name)
+
+    def record(self: Any, series: Any, *rest: Any) -> Any:
+        sizes.append(series.shape[0])
+        return call(self, series, *rest)
+
+    monkeypatch.setattr(kind, name, record)
 
 
 def test_what_stands_before_the_series(backend_name: str) -> None:

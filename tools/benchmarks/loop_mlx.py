@@ -1,9 +1,8 @@
-"""The speed of light in MLX: the same step as loop_torch.py, by hand with the same levers, compiled whole.
-
-Shapes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim.
-"""
+"""The speed of light in MLX: the same step as loop_torch.py, by hand with the same levers, compiled whole."""
+# Shapes: B rows, L tokens, K labels, S series, P patches, H hidden, N heads, D head_dim
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,16 @@ from tools.benchmarks.worker import Run  # noqa: E402
 class Llama:
     """A frozen Llama: keys and values of a prefix (2, layers, B, N, L, D), or hidden states at labels after one."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, dtype: mx.Dtype = mx.float32) -> None:
         self.config = json.loads((directory / "config.json").read_text())
-        self.w = mx.load(str(directory / "model.safetensors"))
+        self.w = {name: w.astype(dtype) for name, w in mx.load(str(directory / "model.safetensors")).items()}
         self.D = self.config["head_dim"]
 
+    def project(self, layer: int, name: str, x: mx.array) -> mx.array:
+        return x @ self.w[f"model.layers.{layer}.{name}.weight"].T
+
     def heads(self, layer: int, name: str, x_BLH: mx.array) -> mx.array:
-        y = x_BLH @ self.w[f"model.layers.{layer}.self_attn.{name}.weight"].T
+        y = self.project(layer, f"self_attn.{name}", x_BLH)
         return y.reshape(*y.shape[:2], -1, self.D).transpose(0, 2, 1, 3)
 
     def rope(self, x: mx.array, offset: Any) -> mx.array:
@@ -55,11 +57,10 @@ class Llama:
                 offset = start + places_BK[:, 0]  # places follow each other
             q = self.rope(self.heads(i, "q_proj", n_BLH), offset)
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.D**-0.5, mask=mask)
-            out = out.transpose(0, 2, 1, 3).reshape(B, -1, x_BLH.shape[-1])
-            x_BLH = x_BLH + out @ self.w[f"{at}.self_attn.o_proj.weight"].T
+            x_BLH = x_BLH + self.project(i, "self_attn.o_proj", out.transpose(0, 2, 1, 3).flatten(2))
             n_BLH = mx.fast.rms_norm(x_BLH, self.w[f"{at}.post_attention_layernorm.weight"], 1e-5)
-            gate, up, down = (self.w[f"{at}.mlp.{name}_proj.weight"].T for name in ("gate", "up", "down"))
-            x_BLH = x_BLH + (nn.silu(n_BLH @ gate) * (n_BLH @ up)) @ down
+            gate, up = (self.project(i, f"mlp.{name}_proj", n_BLH) for name in ("gate", "up"))
+            x_BLH = x_BLH + self.project(i, "mlp.down_proj", nn.silu(gate) * up)
         return mx.fast.rms_norm(x_BLH, self.w["model.norm.weight"], 1e-5), mx.stack(kept, axis=1)
 
 
@@ -72,8 +73,7 @@ def encode(p: dict[str, mx.array], batch: dict[str, mx.array], num_layers: int =
     def norm(x: mx.array, name: str) -> mx.array:
         return mx.fast.layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], 1e-5)
 
-    d, _, size = p["encoder.patch_embed.weight"].shape
-    S = batch["series"].shape[0]
+    S, (d, _, size) = batch["series"].shape[0], p["encoder.patch_embed.weight"].shape
     x = batch["series"].reshape(S, -1, size) @ p["encoder.patch_embed.weight"].reshape(d, size).T
     P = x.shape[1]
     x = norm(x + p["encoder.pos_embed"][:, :P], "encoder.input_norm")
@@ -89,18 +89,28 @@ def encode(p: dict[str, mx.array], batch: dict[str, mx.array], num_layers: int =
     return nn.gelu(linear(norm(x, "projector.norm"), "projector.linear"))
 
 
-def timeseries(llm: str, rows: dict[str, Any], **options: Any) -> Run:
-    """Steps of the time-series LM, float32."""
-    lm, kept = Llama(Path(llm)), dict[bytes, mx.array]()
+def adamw(p: Any, gradients: Any, state: Any, taken: mx.array, rate_of: Callable[[str], float], decay: float) -> Any:
+    norm, taken = mx.sqrt(sum(g.square().sum() for g in gradients.values())), taken + 1
+    new, moments, factor = {}, {}, mx.minimum(1.0 / (norm + 1e-6), 1.0)
+    for name, w in p.items():
+        rate, g, (m, v) = rate_of(name), gradients[name] * factor, state[name]
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        update = (m / (1 - 0.9**taken)) / (mx.sqrt(v / (1 - 0.999**taken)) + 1e-8)
+        new[name], moments[name] = w * (1 - rate * decay) - rate * update, (m, v)
+    return new, moments, taken
+
+
+def timeseries(llm: str, rows: dict[str, Any], precision: str = "float32", **options: Any) -> Run:
+    """Steps of the time-series LM."""
+    lm, kept = Llama(Path(llm), getattr(mx, precision)), dict[bytes, mx.array]()
     table, stream, taken = lm.w["model.embed_tokens.weight"], prepared(llm, rows, **options), mx.array(0.0)
     p = {name: mx.array(w) for name, w in initialise(timeseries_spec(Path(llm)), 0).items()}
     state = {name: (mx.zeros_like(w), mx.zeros_like(w)) for name, w in p.items()}
 
     def keys_values(tokens: np.ndarray, past: mx.array | None) -> mx.array:
         new = lm.run(table[mx.array(tokens)], past, mx.zeros((len(tokens), 1), mx.int32))[1]
-        if past is None:
-            return new
-        return mx.concatenate([mx.broadcast_to(past, (*past.shape[:2], len(tokens), *past.shape[3:])), new], axis=-2)
+        old = [] if past is None else [mx.broadcast_to(past, (*past.shape[:2], len(tokens), *past.shape[3:]))]
+        return mx.concatenate([*old, new], axis=-2)
 
     def read(tokens: np.ndarray) -> mx.array | None:
         common = common_prefix(tokens)
@@ -111,27 +121,17 @@ def timeseries(llm: str, rows: dict[str, Any], **options: Any) -> Run:
 
     def loss_of(p: dict[str, mx.array], batch: dict[str, mx.array], past: mx.array | None) -> mx.array:
         prefix = 0 if past is None else past.shape[-2]
-        patches = encode(p, batch).reshape(-1, table.shape[1])
+        patches = encode(p, batch).reshape(-1, table.shape[1]).astype(table.dtype)
         index = batch["patch_index"][:, prefix:]
         x = mx.where((index > 0)[..., None], patches[mx.maximum(index - 1, 0)], table[batch["tokens"][:, prefix:]])
         logits = lm.run(x, past, mx.maximum(batch["positions"] - prefix, 0))[0] @ table.T
-        losses = nn.losses.cross_entropy(logits, batch["targets"])
+        losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch["targets"])
         return (losses * batch["mask"]).sum() / batch["mask"].sum()
 
     @mx.compile
-    def step(
-        p: dict[str, mx.array], state: Any, taken: mx.array, batch: dict[str, mx.array], past: mx.array | None
-    ) -> Any:
+    def step(p: Any, state: Any, taken: mx.array, batch: Any, past: mx.array | None) -> Any:
         loss, gradients = mx.value_and_grad(loss_of)(p, batch, past)
-        norm, taken = mx.sqrt(sum(g.square().sum() for g in gradients.values())), taken + 1
-        factor = mx.minimum(1.0 / (norm + 1e-6), 1.0)
-        new, moments = {}, {}
-        for name, w in p.items():
-            rate, g, (m, v) = RATES[name.split(".")[0]], gradients[name] * factor, state[name]
-            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-            update = (m / (1 - 0.9**taken)) / (mx.sqrt(v / (1 - 0.999**taken)) + 1e-8)
-            new[name], moments[name] = w * (1 - rate * 1e-2) - rate * update, (m, v)
-        return new, moments, taken, loss
+        return *adamw(p, gradients, state, taken, lambda name: RATES[name.split(".")[0]], 1e-2), loss
 
     def run(steps: int) -> dict[str, float]:
         nonlocal p, state, taken

@@ -14,9 +14,11 @@ from mlx_training.config_presets import PRESETS
 from mlx_training.data.batch import Batch
 from mlx_training.data.batching import BatchBy, Batches, eval_batches
 from mlx_training.data.collate import collate
+from mlx_training.data.packing import PackedDocuments
 from mlx_training.data.prompt import PromptEncoder
 from mlx_training.data.rows import Row
 from mlx_training.data.text import TextBatches, TextWindows
+from mlx_training.data.token_cache import TokenStream
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.generate import Generator
 from mlx_training.init import initialise
@@ -31,6 +33,7 @@ from tools.benchmarks.worker import Run
 LOG_EVERY = 10  # as logging.every_steps: nobody waits for a step's result in between
 RATES = {"encoder": 2e-4, "projector": 1e-4}  # as published
 OPTIM = Optim(weight_decay=1e-2, grad_clip_norm=1.0)
+LORA_OPTIM = Optim(grad_clip_norm=1.0)  # as `training.grad_clip_norm` has it by default, and HF's Trainer
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -105,12 +108,30 @@ def timeseries(
     return Training(timeseries_spec(directory, weights), stream, backend, RATES, OPTIM, runtime)
 
 
-def decoder(preset: str, tokens: str, vocab: int, batch_size: int, backend: str = "torch", **runtime: Any) -> Run:
-    """Steps of a decoder trained from scratch, on windows of a stream of tokens (an .npy file); no dropout."""
+def decoder(
+    preset: str,
+    tokens: str,
+    vocab: int,
+    batch_size: int,
+    backend: str = "torch",
+    context_length: int = 0,
+    documents: bool = False,
+    **runtime: Any,
+) -> Run:
+    """Steps of a decoder trained from scratch, on rows of a stream of tokens (an .npy file); no dropout.
+
+    Rows are windows, or `documents` of 20 to 500 tokens, log-uniform. `context_length`: in place of the preset's.
+    """
     import numpy as np
 
-    spec = replace(decoder_spec(preset, vocab), dropout=0.0)
-    stream = TextBatches(TextWindows(np.load(tokens), spec.context_length), batch_size, 0).prefetch(0)
+    spec, made = replace(decoder_spec(preset, vocab), dropout=0.0), np.load(tokens)
+    spec = replace(spec, context_length=context_length or spec.context_length)
+    rows: TextWindows | PackedDocuments = TextWindows(made, spec.context_length)
+    if documents:
+        lengths = np.exp(np.random.default_rng(0).uniform(np.log(20), np.log(500), 1000)).astype(int)
+        whole = TokenStream(made[: lengths.sum()], np.cumsum(lengths) - lengths, 0, 0)
+        rows = PackedDocuments(whole, spec.context_length, 0)
+    stream = TextBatches(rows, batch_size, 0).prefetch(0)
     optim = Optim(weight_decay=0.1, betas=(0.9, 0.95), grad_clip_norm=1.0)
     return Training(spec, stream, backend, dict.fromkeys(spec.groups, 3e-4), optim, {"device": "cpu"} | runtime)
 
@@ -141,22 +162,34 @@ def lora(
     batch_by: BatchBy = "tokens",
     **runtime: Any,
 ) -> Run:
-    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it.
-
-    Gradients are clipped at 1, as they are unless `training.grad_clip_norm` says otherwise; so does HF's Trainer.
-    """
-    directory = Path(llm)
-    tokenizer = Tokenizer.load(directory)
-    encode = PromptEncoder(tokenizer, 0).encode
+    """LoRA on texts of which every token counts; `run(1)` is an epoch, with the loss on held-out texts after it."""
+    encode = PromptEncoder(Tokenizer.load(Path(llm)), 0).encode
     train, held_out = material.texts(**texts)
     batches = Batches([material.text_row(t) for t in train], encode, 4, seed, collate, batch_by=batch_by)
-    adapter = AdapterSpec(find_linears(directory, TARGETS), rank, alpha, 0.0, False)
-    info = describe_llm(directory)
-    spec = PretrainedSpec(FrozenLM(directory, info.hidden_size, info.vocab_size), adapter=adapter)
-    runtime = {"device": "cpu"} | runtime
-    optim = Optim(grad_clip_norm=1.0)
-    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, optim, runtime, seed)
+    spec, runtime = lora_spec(Path(llm), rank, alpha), {"device": "cpu"} | runtime
+    training = Training(spec, batches.prefetch(0), backend, {"lora": rate}, LORA_OPTIM, runtime, seed)
     return Epochs(training, batches.num_batches, [material.text_row(t) for t in held_out], encode)
+
+
+def lora_spec(llm: Path, rank: int, alpha: int) -> PretrainedSpec:
+    """A directory's LM with adapters on every Linear of its blocks."""
+    info, adapter = describe_llm(llm), AdapterSpec(find_linears(llm, TARGETS), rank, alpha, 0.0, False)
+    return PretrainedSpec(FrozenLM(llm, info.hidden_size, info.vocab_size), adapter=adapter)
+
+
+def prepared_texts(llm: str, texts: dict[str, Any]) -> Iterator[Batch]:
+    """The batches of one epoch over and over, made beforehand: few shapes, all of which a warm-up meets."""
+    encode, (train, _) = PromptEncoder(Tokenizer.load(Path(llm)), 0).encode, material.texts(**texts)
+    batches = Batches([material.text_row(t) for t in train], encode, 4, 0, collate, batch_by="tokens")
+    return itertools.cycle([batches.batch(i) for i in range(batches.num_batches)])
+
+
+def lora_steps(
+    llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, backend: str, **runtime: Any
+) -> Run:
+    """Steps of LoRA on batches that were made beforehand."""
+    spec, runtime = lora_spec(Path(llm), rank, alpha), {"device": "cpu"} | runtime
+    return Training(spec, prepared_texts(llm, texts), backend, {"lora": rate}, LORA_OPTIM, runtime)
 
 
 def questions(run: str, backend: str) -> tuple[Any, list[Row]]:

@@ -102,18 +102,27 @@ def instruction(bench: Bench) -> list[Measured]:
 
 def limit(bench: Bench) -> list[Measured]:
     """Ours against the hand-written loop with the same levers, on the same batches (equal losses prove it)."""
+    few = {"repetitions": min(bench.repetitions, 5), "steps": 1, "warm_up": 2}
+    rows, large = {"llm": bench.llm(), "rows": ROWS}, {"vocab": LARGE_VOCABULARY}
+    texts = {"file": "", "num_rows": 32, "held_out": 1}
+    adapters = {"llm": bench.llm(), "texts": texts, "rank": 8, "alpha": 16, "rate": 3e-3}
+    works: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "1 x 128, float32": (rows, {}),
+        "1 x 128, instruction of 200 tokens, float32": (rows | {"rows": ROWS | {"instruction": 120}}, {}),
+        "3 x 128, float32": (rows | {"rows": ROWS | {"num_series": 3}}, {}),
+        "1 x 128, LM in bfloat16": (rows | {"precision": "bfloat16"}, few),
+        "1 x 128, vocabulary 128,256, float32": (rows | {"llm": bench.llm(**large)}, few),
+        "LoRA on ragged text, float32": (adapters, {"steps": 8, "warm_up": 8}),
+    }
     found = []
     for backend in bench.backends:
-        changed = {"": {}, ", instruction of 200 tokens": {"instruction": 120}}
-        works = {f"1 x 128{name}": change for name, change in changed.items()} | {"3 x 128": {"num_series": 3}}
-        for name, changes in works.items():
-            rows = ROWS | changes
-            shared = {"llm": bench.llm(), "rows": rows}
+        for name, (options, changes) in works.items():
+            loop, ours = ("_lora:lora", "lora_steps") if "texts" in options else (":timeseries", "timeseries")
             sides = {
-                f"hand-written loop ({backend})": (f"loop_{backend}:timeseries", shared),
-                f"ours ({backend})": ("ours:timeseries", shared | {"backend": backend}),
+                f"hand-written loop ({backend})": (f"loop_{backend}{loop}", options),
+                f"ours ({backend})": (f"ours:{ours}", options | {"backend": backend}),
             }
-            found.append(bench.compare(f"{name}, float32", sides, target="<= 1.05"))
+            found.append(bench.compare(name, sides, target="<= 1.05", **changes))
     return found
 
 
@@ -134,6 +143,13 @@ def levers(bench: Bench) -> list[Measured]:
             without["compile: off"] = {"compile": "off"}
         sides = {f"{name} ({backend})": ("ours:timeseries", shared | change) for name, change in without.items()}
         found.append(bench.compare("1 x 128, 4-bit LM", sides, target=">= 1"))
+        many = shared | {"rows": {"num_rows": 4, "num_series": 12, "samples": 400}}
+        sides = {
+            f"{name} ({backend})": ("ours:timeseries", many | change)
+            for name, change in {"all levers": {}, "chunked_encoder: false": {"chunked_encoder": False}}.items()
+        }
+        few = {"repetitions": min(bench.repetitions, 3), "steps": 1, "warm_up": 1}
+        found.append(bench.compare("12 x 400, 4-bit LM", sides, target=">= 1", **few))
     return found
 
 
@@ -142,6 +158,20 @@ def pretraining(bench: Bench) -> list[Measured]:
     shared = {"preset": "mingpt", "tokens": bench.tokens(4096), "vocab": 4096, "batch_size": 4}
     sides = {"ours (torch)": ("ours:decoder", shared), "nanoGPT-style loop": ("nanogpt:decoder", shared)}
     return [bench.compare("mingpt, float32", sides, target=">= 0.97", warm_up=2)]
+
+
+def packing(bench: Bench) -> list[Measured]:
+    """Windows of a stream, and whole documents (of 20 to 500 tokens) that do not see each other: context 1,024."""
+    shared = {"preset": "mingpt", "tokens": bench.tokens(4096), "vocab": 4096, "batch_size": 4, "context_length": 1024}
+    found = []
+    for backend in bench.backends:
+        sides = {
+            f"packing: {name} ({backend})": ("ours:decoder", shared | {"backend": backend, "documents": documents})
+            for name, documents in {"documents": True, "windows": False}.items()
+        }
+        few = {"repetitions": min(bench.repetitions, 3), "steps": 1, "warm_up": 1}
+        found.append(bench.compare("mingpt with a context of 1,024, float32", sides, target="windows >= 1", **few))
+    return found
 
 
 def head(bench: Bench) -> list[Measured]:
@@ -225,6 +255,7 @@ CPU: dict[str, Table] = {
     "limit": limit,
     "levers": levers,
     "pretraining": pretraining,
+    "packing": packing,
     "head": head,
     "padding": padding,
     "lora": lora,
