@@ -20,10 +20,11 @@ from mlx_training.objectives import Objective
 from mlx_training.spec import DecoderSpec, KgramSpec, PretrainedSpec, RecurrentSpec, Spec, SSMSpec, TimeSeriesSpec
 from torch_backend.adapter import adapt
 from torch_backend.decoder import Decoder
+from torch_backend.frozen import frozen_hash, load_frozen
 from torch_backend.group import Group
 from torch_backend.kgram import Kgram
 from torch_backend.layers import LanguageModel
-from torch_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
+from torch_backend.pretrained import PretrainedModel
 from torch_backend.recurrent import Recurrent
 from torch_backend.session import Session
 from torch_backend.sharding import gathered, is_sharded, own, own_part, shard

@@ -13,8 +13,9 @@ from mlx_training.backend import Runtime, encoder_chunks
 from mlx_training.data.batch import Batch
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
 from torch_backend.decoder import Decoder
+from torch_backend.frozen import head_weight
 from torch_backend.layers import RMSNorm, attention
-from torch_backend.pretrained import PretrainedLM, PretrainedModel, head_weight
+from torch_backend.pretrained import PretrainedLM, PretrainedModel
 
 
 class SelfAttention(nn.Module):

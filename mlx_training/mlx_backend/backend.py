@@ -18,10 +18,11 @@ from mlx_training.data.batch import Batch
 from mlx_training.errors import BackendError
 from mlx_training.mlx_backend.adapter import adapt
 from mlx_training.mlx_backend.decoder import Decoder
+from mlx_training.mlx_backend.frozen import frozen_hash, load_frozen
 from mlx_training.mlx_backend.group import Group
 from mlx_training.mlx_backend.kgram import Kgram
 from mlx_training.mlx_backend.layers import LanguageModel
-from mlx_training.mlx_backend.pretrained import PretrainedModel, frozen_hash, load_frozen
+from mlx_training.mlx_backend.pretrained import PretrainedModel
 from mlx_training.mlx_backend.recurrent import Recurrent
 from mlx_training.mlx_backend.session import Session
 from mlx_training.mlx_backend.ssm import SSM

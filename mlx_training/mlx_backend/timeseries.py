@@ -11,8 +11,9 @@ import numpy as np
 from mlx_training.backend import Runtime, encoder_chunks
 from mlx_training.data.batch import Batch
 from mlx_training.mlx_backend.decoder import Decoder
+from mlx_training.mlx_backend.frozen import head_weight
 from mlx_training.mlx_backend.layers import RMSNorm, attention
-from mlx_training.mlx_backend.pretrained import PretrainedLM, PretrainedModel, head_weight
+from mlx_training.mlx_backend.pretrained import PretrainedLM, PretrainedModel
 from mlx_training.spec import EncoderSpec, ProjectorSpec, TimeSeriesSpec
 
 

@@ -11,7 +11,7 @@ from mlx_training.backend import PACKAGES, Runtime
 
 
 def load(backend: str, directory: Path, **options: Any) -> Any:
-    return importlib.import_module(f"{PACKAGES[backend]}.pretrained").load_pretrained(directory, **options)
+    return module(backend, "frozen").load_pretrained(directory, **options)
 
 
 def model_around(backend: str, lm: Any, **runtime: Any) -> Any:

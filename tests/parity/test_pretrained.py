@@ -54,8 +54,8 @@ def test_backends_agree(checkpoints, model_type, case):
 
     hashes, heads = [], []
     for backend, lm in lms.items():
-        hashes.append(lm_driver.module(backend, "pretrained").frozen_hash(lm))
-        heads.append(lm_driver.module(backend, "pretrained").head_weight(lm))
+        hashes.append(lm_driver.module(backend, "frozen").frozen_hash(lm))
+        heads.append(lm_driver.module(backend, "frozen").head_weight(lm))
     assert hashes[0] == hashes[1]
     np.testing.assert_array_equal(*heads)
 
@@ -292,7 +292,7 @@ def test_a_model_of_mlx_lm_comes_alone(checkpoints):
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
         "import resource, sys\n"
-        "from mlx_training.mlx_backend.pretrained import load_pretrained\n"
+        "from mlx_training.mlx_backend.frozen import load_pretrained\n"
         f"load_pretrained({str(checkpoints('llama', 'plain'))!r})\n"
         f"assert resource.getrlimit(resource.RLIMIT_NOFILE) == {limit}\n"
         "assert not {'mlx_lm', 'transformers', 'torch'} & set(sys.modules)\n"
@@ -305,7 +305,7 @@ def test_torch_needs_neither_transformers_nor_a_compiler(checkpoints):
     """Each takes seconds to import, of the five between a command and its first step."""
     code = (
         "import sys\n"
-        "from torch_backend.pretrained import load_pretrained\n"
+        "from torch_backend.frozen import load_pretrained\n"
         f"load_pretrained({str(checkpoints('llama', 'plain'))!r})\n"
         "assert not {'transformers', 'torch._dynamo', 'sympy', 'scipy'} & set(sys.modules)\n"
     )
