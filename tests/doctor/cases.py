@@ -5,13 +5,14 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mlx_training.assemble import RowData
 from mlx_training.backend import Arrays
@@ -20,6 +21,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.rows import Row, write_rows
 from mlx_training.diagnostics.subject import from_config
+from mlx_training.environment import BACKENDS
 from mlx_training.trainer import train
 from tests.e2e.tiny import decoder_config, language_config, pretrained_config, save_tiny_llama
 
@@ -39,6 +41,15 @@ LANGUAGE_OVERRIDES = {
     "ssm": ["training.max_steps=200"],
     "kgram": ["training.max_steps=200", "model.kgram.form=convolution"],
 }
+
+
+def by_turns(names: Sequence[str]) -> list[Any]:
+    """Each on one backend, by turns, and as proof on the other."""
+    return [
+        pytest.param(name, backend, marks=[pytest.mark.proof] * ((index + place) % 2))
+        for index, name in enumerate(names)
+        for place, backend in enumerate(BACKENDS)
+    ]
 
 
 def healthy(case: str, backend: str, folder: Path) -> Any:

@@ -8,9 +8,9 @@ from mlx_training.config import load_config
 from mlx_training.diagnostics.doctor import examine
 from mlx_training.diagnostics.plan import bytes_needed
 from mlx_training.diagnostics.subject import Subject
-from mlx_training.environment import BACKENDS
 from mlx_training.objectives.lm import lm
 from mlx_training.spec import EncoderSpec, FrozenLM, Spec, TimeSeriesSpec
+from tests.doctor.cases import by_turns
 from tests.parity import cases
 from tests.parity.tiny_checkpoints import FAMILIES, save_tiny, save_tiny_quantized
 
@@ -44,28 +44,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_frozen_families(family: str, backend_name: str, models: Path) -> None:
+@pytest.mark.parametrize(("family", "backend"), by_turns(FAMILIES))
+def test_frozen_families(family: str, backend: str, backends: list[str], models: Path) -> None:
+    if backend not in backends:
+        pytest.skip(f"backend {backend} is not installed")
     spec = TimeSeriesSpec(FrozenLM(models / family, 64, cases.VOCAB), SCALED)
-    report = examine(subject_of(spec, backend_name))
+    report = examine(subject_of(spec, backend))
     assert not report.failed, str(report)
     batch = cases.batches(spec, 1)[0]
-    assert 1e6 < bytes_needed(load_config("quick_test"), spec, batch, len(batch.tokens), backend_name) < 1e9
+    assert 1e6 < bytes_needed(load_config("quick_test"), spec, batch, len(batch.tokens), backend) < 1e9
 
 
-LONG = ("timeseries-lora", "timeseries-resident")  # timeseries-lora-resident is both
-
-
-@pytest.mark.parametrize(
-    ("case", "backend"),
-    [
-        pytest.param(case, name, marks=[pytest.mark.proof] * (case in LONG or (index + place) % 2))
-        for index, case in enumerate(cases.CASES)
-        for place, name in enumerate(BACKENDS)
-    ],
-)
+@pytest.mark.parametrize(("case", "backend"), by_turns(cases.CASES))
 def test_parity_cases(case: str, backend: str, backends: list[str], models: Path) -> None:
-    """By turns on one backend; on both as proof."""
     if backend not in backends:
         pytest.skip(f"backend {backend} is not installed")
     spec = cases.specs(models / "llama-4bit")[case]
