@@ -11,6 +11,7 @@ what was interrupted and leaves what is finished (result.json). Writes report.md
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -204,7 +205,28 @@ def summarise(results: dict[str, dict[int, Result]]) -> dict[str, Any]:
     return {name: {"mean": mean(values), "by_seed": values} for name, values in accuracy.items()}
 
 
-def to_markdown(results: dict[str, dict[int, Result]], summary: dict[str, Any]) -> str:
+def by_subject(out: Path, results: dict[str, dict[int, Result]]) -> dict[str, Any]:
+    """Accuracy of `main` less that of the control on each test subject, means over seeds, and what chance says of it.
+
+    `p` is the exact sign-flip test's: how often subjects whose differences could as well be negative would differ by as
+    much on average, to either side.
+    """
+    config = load_config(str(out / f"main_seed{next(iter(results['main']))}" / "config.yaml"))
+    data = assemble(config).data
+    assert isinstance(data, RowData)
+    subjects = np.array([row.group for row in data.rows(TEST)])
+    right: dict[str, np.ndarray] = {}
+    for name in ("main", "control"):
+        runs = [_predictions(out / f"{name}_seed{seed}") for seed in results[name]]
+        right[name] = np.mean([[answer == given for answer, given in run] for run in runs], axis=0)
+    names = sorted(set(subjects.tolist()), key=int)
+    gaps = np.array([(right["main"] - right["control"])[subjects == name].mean() for name in names])
+    flips = np.array(list(itertools.product((-1, 1), repeat=len(gaps))))
+    p = np.mean(np.abs((flips * gaps).mean(1)) >= abs(gaps.mean()) - 1e-12)
+    return {"differences": dict(zip(names, gaps.tolist(), strict=True)), "mean": float(gaps.mean()), "p": float(p)}
+
+
+def to_markdown(results: dict[str, dict[int, Result]], summary: dict[str, Any], gaps: dict[str, Any]) -> str:
     """The table, and the two conditions it is made for."""
     seeds, evaluated = list(results["main"]), next(iter(results["main"].values()))["eval"]["rows"]
     labels = VARIANTS | {"series_removed": "soft prompt, series removed", "chance": "best constant answer"}
@@ -223,20 +245,26 @@ def to_markdown(results: dict[str, dict[int, Result]], summary: dict[str, Any]) 
     ours, control = summary["main"]["mean"], summary["control"]["mean"]
     lines += ["", f"At least {REQUIRED}: {'yes' if ours >= REQUIRED else 'no'}. "]
     lines[-1] += f"Not below the control: {'yes' if ours >= control else 'no'} ({ours - control:+.3f})."
+    each = ", ".join(f"{name}: {gap:+.3f}" for name, gap in gaps["differences"].items())
+    lines += ["", f"Soft prompt less control by subject: {each}; mean {gaps['mean']:+.3f}, p = {gaps['p']:.2f} (exact"]
+    lines[-1] += " sign-flip test)."
     return "\n".join(lines) + "\n"
 
 
 def confusion(runs: Sequence[Path]) -> tuple[list[str], np.ndarray]:
     """Answers, and how often (row) was answered by (column), summed over runs; the last column is anything else."""
-    pairs = []
-    for run in runs:
-        lines = (run / f"predictions_{TEST}.jsonl").read_text(encoding="utf-8").splitlines()
-        pairs += [(normalise(line["answer"]), normalise(line["prediction"])) for line in map(json.loads, lines)]
+    pairs = [pair for run in runs for pair in _predictions(run)]
     names = sorted({answer for answer, _ in pairs})
     counts = np.zeros((len(names), len(names) + 1), int)
     for answer, prediction in pairs:
         counts[names.index(answer), names.index(prediction) if prediction in names else -1] += 1
     return names, counts
+
+
+def _predictions(run: Path) -> list[tuple[str, str]]:
+    """Answer and prediction of every test row, in order."""
+    lines = (run / f"predictions_{TEST}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(normalise(line["answer"]), normalise(line["prediction"])) for line in map(json.loads, lines)]
 
 
 def draw_confusion(names: Sequence[str], counts: np.ndarray, path: Path) -> None:
@@ -261,9 +289,10 @@ def write_report(out: Path, results: dict[str, dict[int, Result]]) -> None:
     summary = summarise(results)
     names, counts = confusion([out / f"main_seed{seed}" for seed in results["main"]])
     draw_confusion(names, counts, out / "confusion.png")
-    table = to_markdown(results, summary)
+    gaps = by_subject(out, results)
+    table = to_markdown(results, summary, gaps)
     write_atomic(out / "report.md", table)
-    report = {"accuracy": summary, "runs": results, "versions": versions()}
+    report = {"accuracy": summary, "by_subject": gaps, "runs": results, "versions": versions()}
     report["confusion"] = {"answers": names, "counts": counts.tolist()}
     write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
     print(table, end="")

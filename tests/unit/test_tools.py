@@ -3,12 +3,15 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from mlx_training import backend as backends_module
+from mlx_training.assemble import RowData
 from mlx_training.backend import Runtime
 from mlx_training.config import RunConfig
 from mlx_training.errors import ConfigError
@@ -176,6 +179,9 @@ def test_report_runs_every_variant_once(
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert np.sum(report["confusion"]["counts"]) == 2 * 72
     assert set(report["accuracy"]) == {*har_report.VARIANTS, "series_removed", "chance"}
+    gaps, accuracy = report["by_subject"], report["accuracy"]
+    assert list(gaps["differences"]) == ["25", "26", "27", "28", "29", "30"]  # as many windows each
+    assert gaps["mean"] == pytest.approx(accuracy["main"]["mean"] - accuracy["control"]["mean"])
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert f"| {report['accuracy']['control']['mean']:.3f} |" in table and "At least 0.86: no" in table
     assert (tmp_path / "confusion.png").stat().st_size > 5000
@@ -185,6 +191,21 @@ def test_report_runs_every_variant_once(
     assert har_report.run_all(windows, tmp_path, [1, 2], overrides)["control"][2] == results["control"][2]
     with pytest.raises(ConfigError, match="main_seed1 holds a run of another configuration"):
         har_report.run_all(windows, tmp_path, [1], [*overrides, "training.batch_size=8"])
+
+
+def test_differences_that_all_have_one_sign_are_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the four ways to flip the signs of two subjects' differences are as far from 0."""
+    rows = [SimpleNamespace(group=group) for group in ("25", "25", "30", "30")]
+    data = Mock(spec=RowData, rows=lambda _: rows)
+    monkeypatch.setattr(har_report, "load_config", lambda _: None)
+    monkeypatch.setattr(har_report, "assemble", lambda _: SimpleNamespace(data=data))
+    answers = {"main": "xxxy", "control": "xyyy"}  # x is right: 2 of 2 and 1 of 2, 1 of 2 and none
+    for name, given in answers.items():
+        (tmp_path / f"{name}_seed1").mkdir()
+        lines = "".join(json.dumps({"answer": "x", "prediction": letter}) + "\n" for letter in given)
+        (tmp_path / f"{name}_seed1" / "predictions_test.jsonl").write_text(lines)
+    found = har_report.by_subject(tmp_path, {"main": {1: {}}, "control": {1: {}}})
+    assert found == {"differences": {"25": 0.5, "30": 0.5}, "mean": 0.5, "p": 0.5}
 
 
 def test_folds_leave_the_test_subjects_out(
