@@ -23,7 +23,9 @@ def train(parser: argparse.ArgumentParser) -> None:
     config(parser)
     _backend(parser, "the configuration's")
     parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue: auto = the newest checkpoint in output_dir, if there is one"
+        "--resume",
+        metavar="auto|PATH",
+        help="continue: auto = the newest checkpoint in output_dir, if any; or a checkpoint, or a run",
     )
     parser.add_argument(
         "--allow-change",

@@ -8,17 +8,9 @@ from typing import Any
 import numpy as np
 
 from mlx_training.data.batch import Batch
-from mlx_training.data.rows import Row
+from mlx_training.data.rows import Row, normalise
 
 MAINRUN_EOS = 5  # characters of a literal "<eos>"
-
-
-def normalise(text: str) -> str:
-    """What an exact match compares: case, runs of whitespace and a closing full stop do not count.
-
-    Of a chain of thought, only what follows its last "Answer:" counts.
-    """
-    return " ".join(text.rpartition("Answer:")[2].split()).removesuffix(".").casefold()
 
 
 def answer_metrics(rows: Sequence[Row], predictions: Sequence[str]) -> dict[str, Any]:

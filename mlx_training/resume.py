@@ -178,9 +178,12 @@ def _finished(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _given(store: CheckpointStore, path: Path) -> Checkpoint:
+    if (path / "checkpoints").is_dir():
+        return CheckpointStore(path).load()
     if not path.name.startswith("step_") or not path.is_dir():
         raise CheckpointError(
-            f"--resume {path}: not a checkpoint directory; give auto, or a directory RUN/checkpoints/step_..."
+            f"--resume {path}: not a checkpoint directory; give auto, a run's directory (its latest checkpoint), or "
+            "RUN/checkpoints/step_..."
         )
     return store.load(path)
 

@@ -27,12 +27,12 @@ import numpy as np
 from mlx_training.assemble import RowData, assemble, open_backend
 from mlx_training.config import RunConfig, load_config, to_yaml
 from mlx_training.data.batch import Batch
-from mlx_training.data.rows import Row
+from mlx_training.data.rows import Row, normalise
 from mlx_training.environment import versions
 from mlx_training.errors import ConfigError, Interrupted, UserError
 from mlx_training.evaluate import save_predictions
 from mlx_training.init import initialise
-from mlx_training.metrics import answer_metrics, normalise
+from mlx_training.metrics import answer_metrics
 from mlx_training.objectives import Objective, Sums
 from mlx_training.progress import Progress
 from mlx_training.run_directory import write_atomic

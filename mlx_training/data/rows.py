@@ -39,6 +39,14 @@ class Row:
         return f"row {self.id!r}" if self.id else f"row without id (it begins {self.pre_prompt[:40]!r})"
 
 
+def normalise(answer: str) -> str:
+    """What an exact match compares: case, runs of whitespace and a closing full stop do not count.
+
+    Of a chain of thought, only what follows its last "Answer:" counts.
+    """
+    return " ".join(answer.rpartition("Answer:")[2].split()).removesuffix(".").casefold()
+
+
 Reader = Callable[[Path], Iterable[tuple[str, dict[str, Any]]]]  # a file's ("file:line", object) pairs
 
 REQUIRED = ("pre_prompt", "series", "series_text", "post_prompt")
@@ -63,13 +71,16 @@ def row_from_dict(data: Mapping[str, Any], where: str) -> Row:
         raise DataError(
             f"{where}: {len(series)} series but {len(series_text)} series_text; give one text per series, maybe empty"
         )
+    answer, options = _text(data, "answer", where), _texts(data, "options", where)
+    if answer and options and normalise(answer) not in map(normalise, options):
+        raise DataError(f"{where}: the answer {answer[-80:]!r} is none of the options {list(options)}")
     return Row(
         pre_prompt=_text(data, "pre_prompt", where),
         series=series,
         series_text=series_text,
         post_prompt=_text(data, "post_prompt", where),
-        answer=_text(data, "answer", where),
-        options=_texts(data, "options", where),
+        answer=answer,
+        options=options,
         id=_label(data, "id", where) or Path(where).name,
         group=_label(data, "group", where),
         type=_label(data, "type", where),

@@ -7,10 +7,10 @@ import numpy as np
 
 from mlx_training.assemble import SPLITS, TextData
 from mlx_training.data.batch import Batch
+from mlx_training.data.rows import normalise
 from mlx_training.data.series import series_stats, zscore
 from mlx_training.diagnostics.exam import Check, Exam, row_index, row_names, samples_of, series_of
 from mlx_training.diagnostics.report import Finding, failed, passed, skipped, warned
-from mlx_training.metrics import normalise
 
 CONSTANT_SHARE = 0.05  # of the rows may have nothing but constant series
 COPIES_SHARE = 0.01  # of the rows may be copies of others

@@ -6,11 +6,10 @@ import numpy as np
 
 from mlx_training.data.batch import Batch
 from mlx_training.data.prompt import Encoded
-from mlx_training.data.rows import Row
+from mlx_training.data.rows import Row, normalise
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.diagnostics.exam import Check, Exam, label_places, row_index, row_names, samples_of
 from mlx_training.diagnostics.report import Finding, failed, passed, skipped
-from mlx_training.metrics import normalise
 
 
 def patches(exam: Exam) -> list[Finding]:

@@ -168,6 +168,17 @@ def test_resume_from_an_older_checkpoint_drops_the_later_lines(tiny: Workbench) 
     assert state(tiny.run) == expected
 
 
+def test_resume_from_a_run_means_its_latest_checkpoint(tiny: Workbench) -> None:
+    same_rates = "training.schedule=constant", "training.warmup_fraction=0", *EIGHT
+    whole = tiny.train(*same_rates)
+    tiny.train(*same_rates, "training.max_steps=4", "output_dir=half")
+    rest = tiny.train(*same_rates, "output_dir=rest", "--resume", "half", "--allow-change", STEPS)
+    assert (rest["loss"], rest["eval"]) == (whole["loss"], whole["eval"])
+    for part in ("model", "optimizer"):
+        name = f"checkpoints/step_00000008/{part}.safetensors"
+        assert (Path("rest") / name).read_bytes() == (tiny.run / name).read_bytes()
+
+
 def test_resume_from_an_older_checkpoint_forgets_a_better_one_that_came_later(tiny: Workbench) -> None:
     tiny.train("training.max_steps=8", "checkpoint.keep=9")
     older = tiny.run / "checkpoints/step_00000002"
