@@ -234,6 +234,8 @@ class EncoderChunks:
 
     def of(self, num_series: int, num_patches: int) -> int:
         """Series of a chunk, each of so many patches: all of them if they are not many, and at least one."""
+        if num_series * num_patches <= self.most:
+            return num_series
         chunks = -(-num_series * num_patches // self.most)
         return -(-num_series // chunks)
 

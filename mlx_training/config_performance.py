@@ -26,7 +26,7 @@ class Performance(Section):
     trim_last_layer: bool = True
     """A frozen LM's last layer is computed at the places of labels only."""
     chunked_encoder: bool = True
-    """timeseries: of more than 4,096 patches (on a GPU 65,536) some series are encoded after the other: less memory."""
+    """timeseries: more than 4,096 patches (on a GPU 65,536) are encoded a chunk of series at a time, which bounds memory."""
     chunked_head: bool = True
     """More logits than 2^26 (labels x vocabulary) are made in chunks, and again for their gradients: less memory."""
     compile: Literal["auto", "on", "off"] = "auto"
