@@ -94,10 +94,9 @@ class CheckpointStore:
     def _load(self, which: str | Path) -> Checkpoint:
         path = self._pointed(which) if which in ("latest", "best") else Path(which)
         if path is None:
-            raise CheckpointError(
-                f"{self.directory}: there is no '{which}' checkpoint. Expected {self.directory / str(which)} to name "
-                f"one of: {', '.join(p.name for p in self.paths()) or 'none, the run has saved nothing yet'}."
-            )
+            names = ", ".join(path.name for path in self.paths())
+            advice = f"expected {self.directory / str(which)} to name one of: {names}" if names else "none is saved"
+            raise CheckpointError(f"{self.directory}: there is no '{which}' checkpoint; {advice}.")
         try:
             return read_checkpoint(path)
         except CheckpointError as error:

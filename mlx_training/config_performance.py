@@ -26,7 +26,7 @@ class Performance(Section):
     trim_last_layer: bool = True
     """A frozen LM's last layer is computed at the places of labels only."""
     chunked_encoder: bool = True
-    """timeseries: more than 4,096 patches (on a GPU 65,536) are encoded a chunk of series at a time, which bounds memory."""
+    """timeseries: more than 4,096 patches (on a GPU 65,536) are encoded in chunks of series, which bounds memory."""
     chunked_head: bool = True
     """More logits than 2^26 (labels x vocabulary) are made in chunks, and again for their gradients: less memory."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -40,7 +40,7 @@ def performance_conflicts(config: "RunConfig") -> Iterator[Conflict]:
     given, family, optimizer = config.performance, config.model.family, config.training.optimizer
     for key, families in FAMILIES.items():
         if getattr(given, key) != Performance.model_fields[key].default and family not in families:
-            message = f"the {family} family has nothing to spare there; it is for {', '.join(families)}. Leave it out"
+            message = f"the {family} family has no use for it; it is for {', '.join(families)}. Leave it out"
             yield Conflict((f"performance.{key}", "model.family"), message)
     if given.shard and given.compile == "on":
         message = "given on; a sharded model gathers its layers one by one, which is not compiled: give auto or off"

@@ -22,7 +22,7 @@ from mlx_training.generate import Generator
 from mlx_training.memory import full_memory_explained, reading_advice
 from mlx_training.metrics import TokenTally, answer_metrics, mainrun_metrics, token_metrics
 from mlx_training.objectives.lm import lm
-from mlx_training.protocols import Protocol, collate_windows, documents_of, sizes_of, windows_of
+from mlx_training.protocols import Protocol, collate_windows, documents_of, parts_of, sizes_of, windows_of
 from mlx_training.run_directory import full_disk_explained, write_atomic
 from mlx_training.sampling import Sampling
 from mlx_training.waiting import Waiting
@@ -91,18 +91,20 @@ class Evaluator:
         tokenizer = self.data.tokenizer
         filled = protocol.filled(self.data.context_length, self.model.spec.max_length)
         documents = text.documents() if filled.name == "lines" else ()
-        windows = windows_of(filled, text.tokens, documents, tokenizer)
+        apart = self.config.dataset.packing == "documents"
+        parts = parts_of(text.tokens, tokenizer) if apart else [text.tokens]
+        windows = windows_of(filled, parts, documents, tokenizer)
         batches = eval_batches(windows, lambda window: window, self.batch_size, collate_windows)
         if protocol == Protocol() and text.split is not None:
             batches = self.data.eval_batches(text.split, self.batch_size, None)
         tally = TokenTally()
         for batch in Waiting("scoring").over(batches):
             tally.add(batch, self.backend.score_tokens(self.model, batch))
-        predicted = [w.tokens[1:] for w in windows] if filled.name == "lines" else [text.tokens[1:]]
+        predicted = [w.tokens[1:] for w in windows] if filled.name == "lines" else [part[1:] for part in parts]
         num_bytes, num_characters = sizes_of(predicted, tokenizer)
         metrics = token_metrics(tally, num_bytes, num_characters)
         if filled.name == "windows":
-            num_eos = int((predicted[0] == tokenizer.eos_id).sum())
+            num_eos = sum(int((tokens == tokenizer.eos_id).sum()) for tokens in predicted)
             length, batch_size = filled.context_length or 0, self.config.training.batch_size
             metrics |= mainrun_metrics(tally, num_characters, num_eos, length, batch_size)
         metrics |= filled.settings

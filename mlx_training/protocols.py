@@ -23,6 +23,7 @@ MAX_LINES, MAX_TOKENS = 100, 512  # of `lines`: the reference's
 class Protocol:
     """How a text is scored. Raises UserError for a value out of range, and for one that the protocol ignores.
 
+    Documents that did not see each other in training do not here.
     windows: cut as in training, every token once. sliding: every token once, each with at least
     context_length - stride tokens before it. lines: the first lines that are not blank, each alone, without BOS.
     position: windows, and the loss at each place of a window.
@@ -79,10 +80,12 @@ class Window:
         return self.tokens.size
 
 
-def windows_of(protocol: Protocol, tokens: np.ndarray, documents: Sequence[str], tokenizer: Tokenizer) -> list[Window]:
+def windows_of(
+    protocol: Protocol, parts: Sequence[np.ndarray], documents: Sequence[str], tokenizer: Tokenizer
+) -> list[Window]:
     """What a `filled` protocol scores of a text, which is given as tokens and as documents.
 
-    Raises DataError where there is nothing to predict.
+    `parts`: the tokens, in pieces that do not see each other. Raises DataError where there is nothing to predict.
     """
     if protocol.name == "lines":
         lines = [line for document in documents for line in document.splitlines() if line.strip()]
@@ -91,14 +94,16 @@ def windows_of(protocol: Protocol, tokens: np.ndarray, documents: Sequence[str],
         if not windows:
             raise DataError(f"none of {len(lines)} lines has the 2 tokens that a prediction needs; give lines of words")
         return windows
-    if tokens.size < 2:
-        raise DataError(f"a text of {tokens.size} tokens has nothing to predict; at least 2 are needed")
+    if max((part.size for part in parts), default=0) < 2:
+        size = sum(part.size for part in parts)
+        raise DataError(f"a text of {size} tokens has nothing to predict; at least 2 are needed")
     length = protocol.context_length
     assert length is not None, "filled"
     if protocol.name == "sliding":
-        assert protocol.stride is not None, "filled"
-        return list(sliding(tokens, length, protocol.stride))
-    return [Window(tokens[start : start + length + 1]) for start in range(0, tokens.size - 1, length)]
+        stride = protocol.stride
+        assert stride is not None, "filled"
+        return [window for part in parts for window in sliding(part, length, stride)]
+    return [Window(part[start : start + length + 1]) for part in parts for start in range(0, part.size - 1, length)]
 
 
 def sliding(tokens: np.ndarray, context_length: int, stride: int) -> Iterator[Window]:
@@ -128,9 +133,13 @@ def collate_windows(windows: Sequence[Window], rows: Sequence[int] = ()) -> Batc
 
 def documents_of(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     """The texts that stand between EOS tokens."""
+    return [tokenizer.decode(part.tolist()) for part in parts_of(tokens, tokenizer)]
+
+
+def parts_of(tokens: np.ndarray, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The tokens of each document, its EOS included."""
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
-    parts = np.split(tokens, ends + 1)
-    return [tokenizer.decode(part.tolist()) for part in parts if part.size]
+    return [part for part in np.split(tokens, ends + 1) if part.size]
 
 
 def sizes_of(predicted: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[int, int]:

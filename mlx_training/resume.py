@@ -47,6 +47,7 @@ def locked(directory: str | Path) -> Iterator[None]:
     Raises ConfigError while another process holds it, or when it cannot be written.
     """
     path = Path(directory) / LOCK
+    was_there = path.parent.exists()
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,9 @@ def locked(directory: str | Path) -> Iterator[None]:
             path.unlink()  # while it is held: nobody else can have locked this very file
         with contextlib.suppress(OSError):  # a note that a full disk did not take
             file.close()
+        if not was_there:
+            with contextlib.suppress(OSError):  # it is not empty: something was saved
+                path.parent.rmdir()
 
 
 def _lock(path: Path) -> TextIO:
@@ -159,8 +163,15 @@ def finished_result(
     return result | {"run": str(store.directory.parent)} if result and result.get("backend") == backend else None
 
 
-def check_something_trains(changed: Changes, step: int) -> None:
-    """ConfigError for changes that were allowed, but come too late: config.yaml would say what was never trained."""
+def check_something_trains(changed: Changes, step: int, total_steps: int, *, elsewhere: bool) -> None:
+    """ConfigError for a run that has ended where it would begin, in another directory than its own (`elsewhere`); and
+    for changes that were allowed, but come too late: config.yaml would say what was never trained.
+    """
+    if elsewhere:
+        raise ConfigError(
+            f"--resume: the checkpoint is of step {step}, and this run has {total_steps}: nothing would train in its "
+            "output_dir. Give more training.max_steps (or num_epochs)."
+        )
     if late := [key for key in changed if not _within(key, (*HARMLESS, *LENGTH))]:
         raise ConfigError(
             f"{', '.join(late)}: the run has ended at step {step}, so that nothing would train with the change. Give "
@@ -178,6 +189,8 @@ def _finished(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _given(store: CheckpointStore, path: Path) -> Checkpoint:
+    if not path.exists():
+        raise CheckpointError(f"--resume {path}: there is no such file or directory (working directory: {Path.cwd()})")
     if (path / "checkpoints").is_dir():
         return CheckpointStore(path).load()
     if not path.name.startswith("step_") or not path.is_dir():

@@ -90,7 +90,9 @@ def train_locked(
         print(f"{run}: finished at step {first}: nothing left to train", file=sys.stderr)
         return result
     if is_over:
-        check_something_trains(changed, first)
+        check_something_trains(
+            changed, first, total_steps, elsewhere=bool(checkpoint and not store.holds(checkpoint.path))
+        )
 
     model = backend.build(assembly.spec)
     objective = training_objective(assembly.spec)

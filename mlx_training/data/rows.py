@@ -72,6 +72,8 @@ def row_from_dict(data: Mapping[str, Any], where: str) -> Row:
             f"{where}: {len(series)} series but {len(series_text)} series_text; give one text per series, maybe empty"
         )
     answer, options = _text(data, "answer", where), _texts(data, "options", where)
+    if len(set(map(normalise, options))) < len(options):
+        raise DataError(f"{where}: scores cannot tell the options {list(options)} apart; give each once")
     if answer and options and normalise(answer) not in map(normalise, options):
         raise DataError(f"{where}: the answer {answer[-80:]!r} is none of the options {list(options)}")
     return Row(

@@ -211,4 +211,6 @@ def test_what_is_no_run(bench: Workbench) -> None:
         for argv in (["evaluate", run], ["generate", run, "--rows", bench.data]):
             assert words in bench.refused(DATA, *argv)
     assert "nothing to start from" in bench.refused(DATA, "train", bench.config, "training.init_from=empty")
-    assert "not a checkpoint directory" in bench.refused(DATA, "train", bench.config, "--resume", "nowhere")
+    assert "there is no such file or directory" in bench.refused(DATA, "train", bench.config, "--resume", "nowhere")
+    assert "not a checkpoint directory" in bench.refused(DATA, "train", bench.config, "--resume", "empty")
+    assert not Path(bench.run).exists()

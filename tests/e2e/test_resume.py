@@ -174,6 +174,9 @@ def test_resume_from_a_run_means_its_latest_checkpoint(tiny: Workbench) -> None:
     tiny.train(*same_rates, "training.max_steps=4", "output_dir=half")
     rest = tiny.train(*same_rates, "output_dir=rest", "--resume", "half", "--allow-change", STEPS)
     assert (rest["loss"], rest["eval"]) == (whole["loss"], whole["eval"])
+    message = tiny.refused(CONFIG, "train", tiny.config, *same_rates, "output_dir=none", "--resume", tiny.run)
+    assert "the checkpoint is of step 8, and this run has 8: nothing would train" in message
+    assert not Path("none").exists()
     for part in ("model", "optimizer"):
         name = f"checkpoints/step_00000008/{part}.safetensors"
         assert (Path("rest") / name).read_bytes() == (tiny.run / name).read_bytes()

@@ -19,7 +19,9 @@ from mlx_training.diagnostics.label_checks import supervision
 from mlx_training.diagnostics.plan import _vocabulary
 from mlx_training.diagnostics.subject import from_config
 from mlx_training.errors import ConfigError, DataError
+from mlx_training.evaluate import evaluate_run
 from mlx_training.export import export_huggingface
+from mlx_training.protocols import Protocol, documents_of
 from mlx_training.trainer import train
 from tests.e2e.tiny import decoder_config
 
@@ -221,6 +223,24 @@ def test_the_doctor_knows_packed_and_turned_rows(folder: Path, packing: str, obj
     shifted = [replace(batch, targets=batch.tokens) for batch in exam.batches]
     vars(exam)["batches"] = shifted
     assert [finding.cause for finding in supervision(exam)] == ["labels_shifted"]
+
+
+def test_packed_documents_are_kept_apart_by_every_protocol(folder: Path, backend_name: str) -> None:
+    """The run's own rows, windows that are made for a protocol, and the same text as a file: one loss."""
+    overrides = ["dataset.packing=documents", "model.decoder.context_length=8", "training.learning_rate=1e-2"]
+    train(config_of(*overrides, f"backend={backend_name}", "evaluation.test_split=validation"))
+    own = evaluate_run(Path("run"), split="validation")
+    text = text_of(*overrides)
+    stories = documents_of(text.tokens("validation"), text.tokenizer)
+    Path("again.txt").write_text("\n".join(stories))
+    for given in (
+        {"split": "validation", "protocol": Protocol("windows", context_length=8)},
+        {"split": "validation", "protocol": Protocol("position")},
+        {"data": Path("again.txt")},
+    ):
+        found = evaluate_run(Path("run"), **given)
+        assert found["loss"] == pytest.approx(own["loss"], rel=1e-5) and found["tokens"] == own["tokens"]
+        assert found["bits_per_byte"] == pytest.approx(own["bits_per_byte"], rel=1e-5)
 
 
 def test_a_run_keeps_the_tokenizer_it_was_given(folder: Path, backend_name: str) -> None:

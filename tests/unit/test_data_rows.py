@@ -46,6 +46,7 @@ def test_a_row_without_id_is_called_by_file_and_line(tmp_path: Path) -> None:
     [
         ({"anwser": "a"}, "unknown field 'anwser'; did you mean 'answer'"),
         ({"answer": "upp", "options": ["up", "down"]}, "the answer 'upp' is none of the options"),
+        ({"answer": "up", "options": ["up", "Up. "]}, "scores cannot tell the options .* apart"),
         ({"series": None}, "missing field 'series'"),
         ({"series": [1, 2]}, r"field 'series\[0\]' must be a list of numbers; got int"),
         ({"series": [[1, "2"]]}, r"field 'series\[0\]' must be a list of numbers"),

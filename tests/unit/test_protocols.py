@@ -27,22 +27,34 @@ def test_sliding_predicts_every_token_once_with_its_context(size: int, context: 
 
 
 def test_windows_share_one_token(tiny_tokenizer: Tokenizer) -> None:
-    windows = windows_of(Protocol().filled(4, None), np.arange(10), [], tiny_tokenizer)
+    windows = windows_of(Protocol().filled(4, None), [np.arange(10)], [], tiny_tokenizer)
     assert [window.tokens.tolist() for window in windows] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9]]
     with pytest.raises(DataError, match="a text of 1 tokens has nothing to predict"):
-        windows_of(Protocol().filled(4, None), np.arange(1), [], tiny_tokenizer)
+        windows_of(Protocol().filled(4, None), [np.arange(1)], [], tiny_tokenizer)
+
+
+def test_parts_do_not_see_each_other(tiny_tokenizer: Tokenizer) -> None:
+    parts = [np.arange(6), np.arange(10, 11), np.arange(20, 23)]
+    windows = windows_of(Protocol().filled(4, None), parts, [], tiny_tokenizer)
+    assert [window.tokens.tolist() for window in windows] == [[0, 1, 2, 3, 4], [4, 5], [20, 21, 22]]
+    slid = windows_of(Protocol("sliding", stride=2).filled(4, None), parts, [], tiny_tokenizer)
+    assert [(window.tokens.tolist(), window.first) for window in slid] == [
+        ([0, 1, 2, 3, 4], 0),
+        ([1, 2, 3, 4, 5], 3),
+        ([20, 21, 22], 0),
+    ]
 
 
 def test_lines(tiny_tokenizer: Tokenizer) -> None:
     """The first that are not blank, each alone and cut, without BOS; one of a single token has nothing to predict."""
     documents = ["\n \nthe trend of the series\n\nx", "it has mean 0.1\nand std"]
     windows = windows_of(
-        Protocol("lines", max_lines=3, max_tokens=4).filled(9, None), np.arange(0), documents, tiny_tokenizer
+        Protocol("lines", max_lines=3, max_tokens=4).filled(9, None), [np.arange(0)], documents, tiny_tokenizer
     )
     expected = [tiny_tokenizer.encode(line)[:4] for line in ("the trend of the series", "it has mean 0.1")]
     assert [window.tokens.tolist() for window in windows] == expected and len(expected[0]) == 4
     with pytest.raises(DataError, match="none of 1 lines has the 2 tokens"):
-        windows_of(Protocol("lines").filled(9, None), np.arange(0), ["x\n\n"], tiny_tokenizer)
+        windows_of(Protocol("lines").filled(9, None), [np.arange(0)], ["x\n\n"], tiny_tokenizer)
 
 
 def test_a_batch_has_labels_where_tokens_count() -> None:
