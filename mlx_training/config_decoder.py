@@ -79,7 +79,7 @@ class DecoderShape(Section):
     attention_bias: bool = False
     """Biases of queries, keys, values and attention's output."""
     positions: Literal["rope", "learned", "alibi", "none"] = "rope"
-    """Rotary, learned (then no text may be longer than context_length), ALiBi, or none."""
+    """Rotary, learned (then no text may be longer than context_length), ALiBi (causal mixers only), or none."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig | None = None
