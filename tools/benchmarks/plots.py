@@ -30,6 +30,7 @@ def _ratios(results: list[dict[str, Any]], file: Path) -> Path:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
     axes.set_xscale("log")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("time over the first side's (median and 95 % interval)")
     figure.savefig(file, dpi=110)
