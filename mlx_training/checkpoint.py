@@ -95,9 +95,8 @@ class CheckpointStore:
         path = self._pointed(which) if which in ("latest", "best") else Path(which)
         if path is None:
             names = ", ".join(path.name for path in self.paths())
-            advice = (
-                f"expected {self.directory / str(which)} to name one of: {names}" if names else "it has saved nothing"
-            )
+            expected = f"expected {self.directory / str(which)} to name one of: {names}"
+            advice = expected if names else "the run has saved nothing yet"
             raise CheckpointError(f"{self.directory}: there is no '{which}' checkpoint; {advice}.")
         try:
             return read_checkpoint(path)

@@ -77,6 +77,7 @@ def train_locked(
     rows = fingerprint(assembly.data)
     expect_alike(group, assembly, rows)
     checkpoint, changed = find_checkpoint(store, resume, assembly, allow_change)
+    goes_on = checkpoint is not None and store.holds(checkpoint.path)  # in the directory that it stopped in
     progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
     if not store.has_best:  # resumed before the best one, or in another directory
         progress.best = None
@@ -90,9 +91,7 @@ def train_locked(
         print(f"{run}: finished at step {first}: nothing left to train", file=sys.stderr)
         return result
     if is_over:
-        check_something_trains(
-            changed, first, total_steps, elsewhere=bool(checkpoint and not store.holds(checkpoint.path))
-        )
+        check_something_trains(changed, first, total_steps, elsewhere=checkpoint is not None and not goes_on)
 
     model = backend.build(assembly.spec)
     objective = training_objective(assembly.spec)
@@ -108,7 +107,7 @@ def train_locked(
     if first:
         step.load(share_arrays(group, state, config.optim.state_shapes(assembly.spec)))
     del parameters, state
-    if not (checkpoint and store.holds(checkpoint.path)):
+    if not goes_on:
         set_aside(run / METRICS, run / EVENTS, run / norms.FILE, run / SAMPLES)
         (run / WANDB_ID).unlink(missing_ok=True)
     (run / RESULT).unlink(missing_ok=True)

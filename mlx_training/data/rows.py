@@ -75,7 +75,9 @@ def row_from_dict(data: Mapping[str, Any], where: str) -> Row:
     if len(set(map(normalise, options))) < len(options):
         raise DataError(f"{where}: scores cannot tell the options {list(options)} apart; give each once")
     if answer.strip() and options and normalise(answer) not in map(normalise, options):
-        raise DataError(f"{where}: the answer {answer[-80:]!r} is none of the options {list(options)}")
+        raise DataError(
+            f"{where}: the answer {answer[-80:]!r} is none of the options {list(options)}; correct one of them"
+        )
     return Row(
         pre_prompt=_text(data, "pre_prompt", where),
         series=series,

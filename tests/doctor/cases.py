@@ -21,7 +21,7 @@ from mlx_training.data.batch import Batch
 from mlx_training.data.collate import collate
 from mlx_training.data.rows import Row, write_rows
 from mlx_training.diagnostics.subject import from_config
-from mlx_training.environment import BACKENDS
+from mlx_training.environment import BACKENDS, installed_backends
 from mlx_training.trainer import train
 from tests.e2e.tiny import decoder_config, language_config, pretrained_config, save_tiny_llama
 
@@ -43,13 +43,16 @@ LANGUAGE_OVERRIDES = {
 }
 
 
-def by_turns(names: Sequence[str]) -> list[Any]:
-    """Each on one backend, by turns, and as proof on the other."""
-    return [
-        pytest.param(name, backend, marks=[pytest.mark.proof] * ((index + place) % 2))
-        for index, name in enumerate(names)
-        for place, backend in enumerate(BACKENDS)
-    ]
+def by_turns(cases: Sequence[Any], backends: Callable[[Any], Sequence[str]] = lambda _: BACKENDS) -> list[Any]:
+    """Each case on its backends: of two, by turns, one is `proof`. Skipped where a backend is not installed."""
+    made, installed = [], installed_backends()
+    for index, case in enumerate(cases):
+        names = backends(case)
+        for place, name in enumerate(names):
+            absent = pytest.mark.skipif(name not in installed, reason=f"backend {name} is not installed")
+            proof = [pytest.mark.proof] * (len(names) > 1 and (index + place) % 2 == 1)
+            made.append(pytest.param(case, name, id=f"{getattr(case, 'name', case)}-{name}", marks=[absent, *proof]))
+    return made
 
 
 def healthy(case: str, backend: str, folder: Path) -> Any:

@@ -16,19 +16,13 @@ from tests.doctor.faults.heldout import HELDOUT, HELDOUT_LOOKALIKES
 
 
 def pairs(cases: Sequence[Fault | Lookalike]) -> list[Any]:
-    """Each case on its backends. On the second of two it is `proof`; by turns, which one."""
-    made = []
-    for index, case in enumerate(cases):
-        names = case.backends if isinstance(case, Fault) else BACKENDS
-        for place, name in enumerate(names):
-            second = len(names) > 1 and (index + place) % 2 == 1
-            made.append(pytest.param(case, name, id=f"{case.name}-{name}", marks=[pytest.mark.proof] * second))
-    return made
+    """Each case on its backends, by turns."""
+    return by_turns(cases, lambda case: case.backends if isinstance(case, Fault) else BACKENDS)
 
 
 def unseen(cases: Sequence[Fault | Lookalike]) -> list[Any]:
     """Cases by somebody who had not seen the checks; docs/doctor.md has what was found and named at first contact."""
-    return [pytest.param(*case.values, id=case.id, marks=[pytest.mark.proof]) for case in pairs(cases)]
+    return [pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.proof]) for case in pairs(cases)]
 
 
 PAIRS = [*pairs(FAULTS), *unseen(HELDOUT)]
@@ -66,9 +60,7 @@ def examine_up_to_a_fault(subject: Any, *, full: bool) -> Report:
 
 
 @pytest.mark.parametrize(("fault", "backend"), PAIRS)
-def test_fault_is_found_and_named(fault: Fault, backend: str, backends: list[str], tmp_path: Path) -> None:
-    if backend not in backends:
-        pytest.skip(f"backend {backend} is not installed")
+def test_fault_is_found_and_named(fault: Fault, backend: str, tmp_path: Path) -> None:
     report = examine_up_to_a_fault(planted(fault, backend, tmp_path), full=fault.level == "full")
     assert report.failed, str(report)
     assert report.cause in fault.causes, str(report)
@@ -79,17 +71,13 @@ SUBJECTS = ["timeseries", "decoder", "sparse", "recurrent", "kgram", "ssm", "ada
 
 
 @pytest.mark.parametrize(("case", "backend"), by_turns(SUBJECTS))
-def test_healthy_subjects_pass_every_check(case: str, backend: str, backends: list[str], tmp_path: Path) -> None:
-    if backend not in backends:
-        pytest.skip(f"backend {backend} is not installed")
+def test_healthy_subjects_pass_every_check(case: str, backend: str, tmp_path: Path) -> None:
     report = examine(healthy(case, backend, tmp_path), full=True)
     assert not report.failed, str(report)
 
 
 @pytest.mark.parametrize(("lookalike", "backend"), HEALTHY)
-def test_lookalikes_pass(lookalike: Lookalike, backend: str, backends: list[str], tmp_path: Path) -> None:
-    if backend not in backends:
-        pytest.skip(f"backend {backend} is not installed")
+def test_lookalikes_pass(lookalike: Lookalike, backend: str, tmp_path: Path) -> None:
     report = examine(planted(lookalike, backend, tmp_path), full=False)
     assert not report.failed, str(report)
 
