@@ -13,9 +13,10 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 
+from mlx_training.data.batch import Batch  # noqa: E402
 from mlx_training.data.collate import common_prefix  # noqa: E402
 from mlx_training.init import initialise  # noqa: E402
-from tools.benchmarks.ours import LOG_EVERY, RATES, prepared, timeseries_spec  # noqa: E402
+from tools.benchmarks.ours import RATES, over, prepared, timeseries_spec  # noqa: E402
 from tools.benchmarks.worker import Run  # noqa: E402
 
 
@@ -133,18 +134,12 @@ def timeseries(llm: str, rows: dict[str, Any], precision: str = "float32", **opt
         loss, gradients = mx.value_and_grad(loss_of)(p, batch, past)
         return *adamw(p, gradients, state, taken, lambda name: RATES[name.split(".")[0]], 1e-2), loss
 
-    def run(steps: int) -> dict[str, float]:
+    def take(source: Batch) -> mx.array:
         nonlocal p, state, taken
-        tokens, last = 0, 0.0
-        for i in range(1, steps + 1):
-            source = next(stream)
-            batch = {name: mx.array(array) for name, array in source.arrays().items()}
-            past = read(source.tokens[:, : source.prefix]) if source.prefix else None
-            p, state, taken, loss = step(p, state, taken, batch, past)
-            mx.async_eval(p, state, taken, loss)
-            tokens += int(source.lengths.sum())
-            if i % LOG_EVERY == 0 or i == steps:
-                last = loss.item()
-        return {"tokens": tokens / steps, "loss": last}
+        batch = {name: mx.array(array) for name, array in source.arrays().items()}
+        past = read(source.tokens[:, : source.prefix]) if source.prefix else None
+        p, state, taken, loss = step(p, state, taken, batch, past)
+        mx.async_eval(p, state, taken, loss)
+        return loss
 
-    return run
+    return over(stream, take)

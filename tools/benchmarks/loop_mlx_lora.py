@@ -4,9 +4,10 @@
 from pathlib import Path
 from typing import Any
 
+from mlx_training.data.batch import Batch
 from mlx_training.init import initialise
 from tools.benchmarks.loop_mlx import Llama, adamw, mx, nn  # MLX after the fast BLAS
-from tools.benchmarks.ours import LOG_EVERY, lora_spec, prepared_texts
+from tools.benchmarks.ours import lora_spec, over, prepared_texts
 from tools.benchmarks.worker import Run
 
 
@@ -41,17 +42,11 @@ def lora(llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, pr
         loss, gradients = mx.value_and_grad(loss_of)(p, batch)
         return *adamw(p, gradients, state, taken, lambda _: rate, 0.0), loss
 
-    def run(steps: int) -> dict[str, float]:
+    def take(source: Batch) -> mx.array:
         nonlocal p, state, taken
-        tokens, last = 0, 0.0
-        for i in range(1, steps + 1):
-            source = next(stream)
-            batch = {name: mx.array(array) for name, array in source.arrays().items()}
-            p, state, taken, loss = step(p, state, taken, batch)
-            mx.async_eval(p, state, taken, loss)
-            tokens += int(source.lengths.sum())
-            if i % LOG_EVERY == 0 or i == steps:
-                last = loss.item()
-        return {"tokens": tokens / steps, "loss": last}
+        batch = {name: mx.array(array) for name, array in source.arrays().items()}
+        p, state, taken, loss = step(p, state, taken, batch)
+        mx.async_eval(p, state, taken, loss)
+        return loss
 
-    return run
+    return over(stream, take)

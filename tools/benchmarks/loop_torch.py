@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mlx_training.data.batch import Batch
 from mlx_training.data.collate import common_prefix
 from mlx_training.init import initialise
-from tools.benchmarks.ours import LOG_EVERY, RATES, prepared, timeseries_spec
+from tools.benchmarks.ours import RATES, over, prepared, timeseries_spec
 from tools.benchmarks.worker import Run
 
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -131,19 +132,13 @@ def timeseries(llm: str, rows: dict[str, Any], precision: str = "float32", devic
 
     compiled = torch.compile(loss_of, dynamic=False) if compiles else loss_of
 
-    def run(steps: int) -> dict[str, float]:
-        tokens, last = 0, 0.0
-        for i in range(1, steps + 1):
-            source = next(stream)
-            batch = {name: torch.from_numpy(array).to(device) for name, array in source.arrays().items()}
-            optimizer.zero_grad()
-            loss = compiled(batch, read(source.tokens[:, : source.prefix]) if source.prefix else [], source.prefix)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
-            optimizer.step()
-            tokens += int(source.lengths.sum())
-            if i % LOG_EVERY == 0 or i == steps:
-                last = loss.item()
-        return {"tokens": tokens / steps, "loss": last}
+    def take(source: Batch) -> Tensor:
+        batch = {name: torch.from_numpy(array).to(device) for name, array in source.arrays().items()}
+        optimizer.zero_grad()
+        loss = compiled(batch, read(source.tokens[:, : source.prefix]) if source.prefix else [], source.prefix)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(p.values(), 1.0)
+        optimizer.step()
+        return loss.detach()
 
-    return run
+    return over(stream, take)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlx_training.data.batch import Batch
 from mlx_training.init import initialise
 from tools.benchmarks.loop_torch import Llama
-from tools.benchmarks.ours import LOG_EVERY, lora_spec, prepared_texts
+from tools.benchmarks.ours import lora_spec, over, prepared_texts
 from tools.benchmarks.worker import Run
 
 
@@ -41,18 +42,12 @@ def lora(llm: str, texts: dict[str, Any], rank: int, alpha: int, rate: float, pr
         losses_N = F.cross_entropy(logits_NV, batch["targets"].flatten().long(), reduction="none")
         return (losses_N * batch["mask"].flatten()).sum() / batch["mask"].sum()
 
-    def run(steps: int) -> dict[str, float]:
-        tokens, last = 0, 0.0
-        for i in range(1, steps + 1):
-            source = next(stream)
-            optimizer.zero_grad()
-            loss = loss_of({name: torch.from_numpy(array) for name, array in source.arrays().items()})
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(lm.p.values(), 1.0)
-            optimizer.step()
-            tokens += int(source.lengths.sum())
-            if i % LOG_EVERY == 0 or i == steps:
-                last = loss.item()
-        return {"tokens": tokens / steps, "loss": last}
+    def take(source: Batch) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of({name: torch.from_numpy(array) for name, array in source.arrays().items()})
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.p.values(), 1.0)
+        optimizer.step()
+        return loss.detach()
 
-    return run
+    return over(stream, take)

@@ -1,7 +1,7 @@
 """Our side: the backend's own step on batches of the product's own iterator, read as the trainer reads it."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,22 @@ LORA_OPTIM = Optim(grad_clip_norm=1.0)  # as `training.grad_clip_norm` has it by
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def over(stream: Iterator[Batch], take: Callable[[Batch], Any]) -> Run:
+    """Steps on a stream, of which `take` takes one and gives its loss: tokens a step that count, and the last loss."""
+
+    def run(steps: int) -> dict[str, float]:
+        tokens, loss = 0, 0.0
+        for i in range(1, steps + 1):
+            batch = next(stream)
+            last = take(batch)
+            tokens += int(batch.lengths.sum())
+            if i % LOG_EVERY == 0 or i == steps:
+                loss = float(last)
+        return {"tokens": tokens / steps, "loss": loss}
+
+    return run
+
+
 class Training:
     """A model that trains on a stream of batches."""
 
@@ -50,23 +66,21 @@ class Training:
         runtime: Any,
         seed: int = 0,
     ) -> None:
-        self.backend, self.stream, self.rates = backends.get(backend, Runtime(**runtime)), stream, rates
+        self.backend, self.rates = backends.get(backend, Runtime(**runtime)), rates
         self.model = self.backend.build(spec)
         self.backend.load(self.model, self.backend.export(self.model) | initialise(spec, seed))
         self.step = self.backend.make_step(self.model, lm, optim, seed=seed)
         self.number = 0
+        self.run = over(stream, self.take)
 
     def __call__(self, steps: int) -> dict[str, float]:
-        """Take so many steps; tokens a step that count, and the last loss."""
-        tokens, loss = 0, 0.0
-        for i in range(1, steps + 1):
-            batch = next(self.stream)
-            self.number += 1
-            metrics = self.step([batch], step=self.number, lr=self.rates)
-            tokens += int(batch.lengths.sum())
-            if i % LOG_EVERY == 0 or i == steps:
-                loss = float(metrics["loss"])
-        return {"tokens": tokens / steps, "loss": loss}
+        """Take so many steps."""
+        return self.run(steps)
+
+    def take(self, batch: Batch) -> Any:
+        """One step; its loss on the device."""
+        self.number += 1
+        return self.step([batch], step=self.number, lr=self.rates)["loss"]
 
 
 def timeseries_spec(llm: Path, weights: str = "dequantized") -> TimeSeriesSpec:
