@@ -70,18 +70,18 @@ _MACHINE_DIRECTORIES = ("/opt/OpenBLAS/lib", "/usr/lib64", "/usr/local/lib", "/o
 
 @dataclass(frozen=True)
 class BlasReport:
-    """Which BLAS MLX uses in this process: `library` is a path or name, `note` says why, or what to do."""
+    """Which BLAS MLX uses in this process: `library` is a path or name, `reason` says why, or what to do."""
 
     library: str
     how: Literal["forwarder", "loaded", "stock"]
-    note: str = ""
+    reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.library} ({self.how}{': ' + self.note if self.note else ''})"
+        return f"{self.library} ({self.how}{': ' + self.reason if self.reason else ''})"
 
 
 class _Unusable(Exception):
-    """A candidate that cannot serve; its message becomes part of the note."""
+    """A candidate that cannot serve; its message becomes part of the reason."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""MLX's products on Linux go through a fast BLAS, and every way that fails leaves the stock one and a note."""
+"""MLX's products on Linux go through a fast BLAS, and every way that fails leaves the stock one and a reason."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import json, sys, time
 {before}
 from mlx_training.blas import load_fast_blas
 report = load_fast_blas()
-result = dict(library=report.library, how=report.how, note=report.note)
+result = dict(library=report.library, how=report.how, reason=report.reason)
 if {measure}:
     import numpy as np, mlx.core as mx
     mx.set_default_device(mx.cpu)
@@ -74,7 +74,7 @@ def run_fresh(code: str, environment: dict[str, str]) -> dict[str, Any]:
 def test_product_is_several_times_faster_and_equal_to_numpy() -> None:
     fast = in_fresh_process(measure=True, MLX_TRAINING_BLAS="")
     if fast["how"] == "stock":
-        pytest.skip(f"no BLAS to load here: {fast['note']}")
+        pytest.skip(f"no BLAS to load here: {fast['reason']}")
     stock = in_fresh_process(measure=True, MLX_TRAINING_BLAS="off")
     assert stock["how"] == "stock"
     assert fast["seconds"] * 3 < stock["seconds"], (fast, stock)
@@ -102,23 +102,23 @@ def test_a_forwarder_is_compiled_once(tmp_path: Path) -> None:
 
 @LINUX
 @pytest.mark.parametrize("damage", ["", "import mlx.core"])
-def test_every_failure_is_a_note(tmp_path: Path, damage: str) -> None:
+def test_every_failure_has_its_reason(tmp_path: Path, damage: str) -> None:
     if damage and "mlx" not in installed_backends():
         pytest.skip("MLX is not installed")
     library = tmp_path / "libnothing.so"
     library.write_text("not a library")
     report = in_fresh_process(before=damage, MLX_TRAINING_BLAS=str(library))
     assert report["how"] == "stock"
-    assert ("imported first" if damage else "libnothing.so") in report["note"]
+    assert ("imported first" if damage else "libnothing.so") in report["reason"]
 
 
 @LINUX
 def test_no_compiler_and_no_cache_fall_back(tmp_path: Path) -> None:
     without_compiler = in_fresh_process(XDG_CACHE_HOME=str(tmp_path), PATH="", MLX_TRAINING_BLAS="")
-    assert "compiler" in without_compiler["note"] or "brings no OpenBLAS" in without_compiler["note"]
+    assert "compiler" in without_compiler["reason"] or "brings no OpenBLAS" in without_compiler["reason"]
     (tmp_path / "file").write_text("")
     without_cache = in_fresh_process(XDG_CACHE_HOME=str(tmp_path / "file"), MLX_TRAINING_BLAS="")
-    assert "XDG_CACHE_HOME" in without_cache["note"] or "brings no OpenBLAS" in without_cache["note"]
+    assert "XDG_CACHE_HOME" in without_cache["reason"] or "brings no OpenBLAS" in without_cache["reason"]
 
 
 @pytest.mark.skipif(sys.platform == "linux", reason="elsewhere nothing is replaced")
