@@ -1,15 +1,11 @@
-"""Whether a run directory may be trained in, which checkpoint is continued, and what may have changed since."""
+"""Which checkpoint is continued, and what may have changed since."""
 
-import contextlib
 import json
-import os
-import socket
 import sys
-import time
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mlx_training.assemble import Assembly, check_fits
 from mlx_training.checkpoint import CheckpointStore, check_shapes
@@ -20,14 +16,8 @@ from mlx_training.errors import CheckpointError, ConfigError
 from mlx_training.fingerprint import fingerprint
 from mlx_training.json_text import parse_json
 from mlx_training.progress import wrong_progress
-from mlx_training.run_directory import unwritable
 
-try:
-    import fcntl
-except ImportError:  # not on this system: the lock file is a note, not a lock
-    fcntl = None  # type: ignore[assignment]
-
-LOCK, RESULT = "train.lock", "result.json"
+RESULT = "result.json"
 # Keys that may change when a run is continued: single ones, and sections (with their dot).
 OPTIMIZER_KEYS = ("training.optimizer", "training.ema_decay")  # another one has other state
 LABELS = ("experiment.name", "experiment.tags", "experiment.notes", "output_dir", "logging.", "diagnostics.")
@@ -38,70 +28,6 @@ HARMLESS = (*LABELS, *STOPPING, *SAME_NUMBERS, "checkpoint.", "evaluation.")
 MEASURE = ("evaluation.split", "evaluation.max_rows")  # the best value was measured there: not harmless
 GENERATION = "evaluation.max_new_tokens"  # nor is this, where answers choose the best
 Changes = dict[str, tuple[Any, Any]]  # key: (old, new)
-
-
-@contextlib.contextmanager
-def locked(directory: str | Path) -> Iterator[None]:
-    """Hold the run directory, creating it, against a second training process; a killed process lets go of it.
-
-    Raises ConfigError while another process holds it, or when it cannot be written.
-    """
-    path = Path(directory) / LOCK
-    was_there = path.parent.exists()
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _lock(path)
-    except OSError as error:
-        raise unwritable(directory, error) from error
-    try:
-        try:
-            file.truncate(0)
-            file.write(json.dumps(holder) + "\n")
-            file.flush()
-        except OSError as error:
-            raise unwritable(directory, error) from error
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is held: nobody else can have locked this very file
-        with contextlib.suppress(OSError):  # a note that a full disk did not take
-            file.close()
-        if not was_there:
-            with contextlib.suppress(OSError):  # it is not empty: something was saved
-                path.parent.rmdir()
-
-
-def _lock(path: Path) -> TextIO:
-    """The lock file, open and locked."""
-    while True:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = open(os.open(path, flags, 0o644), "r+", encoding="utf-8", errors="replace")  # noqa: SIM115  held
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                time.sleep(0.2)  # its holder may have only just begun: then another's name, or none, stands there
-                raise ConfigError(_held(path.parent, file.read())) from None
-        except OSError:  # a file system without locks: the file is a note there
-            return file
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # its holder has removed it since it was opened
-
-
-def _held(directory: Path, content: str) -> str:
-    try:
-        holder = parse_json(content)
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
-    except (ValueError, KeyError, TypeError):  # it has only just begun
-        who = "another process"
-    return (
-        f"output_dir: {directory} is being trained in by {who}. Wait for it or stop it, or set output_dir to "
-        "another directory; nothing was changed."
-    )
 
 
 def find_checkpoint(

@@ -33,8 +33,9 @@ from mlx_training.memory import full_memory_explained, training_advice
 from mlx_training.notes import notes
 from mlx_training.objectives.balanced import training_objective
 from mlx_training.progress import Progress
-from mlx_training.resume import RESULT, after_stop, check_something_trains, find_checkpoint, finished_result, locked
+from mlx_training.resume import RESULT, after_stop, check_something_trains, find_checkpoint, finished_result
 from mlx_training.run_directory import claim_run_directory, full_disk_explained, write_atomic
+from mlx_training.run_lock import locked
 from mlx_training.samples import SAMPLES, TrainingSamples
 from mlx_training.signals import interruptible, stoppable
 from mlx_training.together import diverging_together, expect_alike, joined, share, share_arrays

@@ -52,8 +52,8 @@ def main() -> int:
         groups = json.dumps({"validation": folds[(k + 1) % NUM_FOLDS], "test": folds[k]})
         for name, accuracies in found.items():
             run = given.out / f"{name}_fold{k}"
-            config = configure(path, run, given.seed, [f"dataset.splits.group={groups}", *given.overrides])
             try:
+                config = configure(path, run, given.seed, [f"dataset.splits.group={groups}", *given.overrides])
                 if (run / "result.json").is_file():
                     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
                 elif name == "control":

@@ -450,7 +450,7 @@ def test_an_evaluation_is_logged_once(tiny: Workbench, monkeypatch: pytest.Monke
 
 HOLD = """
 import sys, time
-from mlx_training.resume import locked
+from mlx_training.run_lock import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

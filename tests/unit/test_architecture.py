@@ -60,6 +60,7 @@ ROOMS = (
         "huggingface",
         "progress",
         "run_directory",
+        "run_lock",
         "signals",
         "checkpoint",
         "opentslm",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_training import checkpoint, checkpoint_tools, resume
+from mlx_training import checkpoint, checkpoint_tools, run_lock
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.errors import CheckpointError, ConfigError
 
@@ -82,24 +82,24 @@ def test_a_checkpoint_is_never_listed_while_it_is_removed(
 
 
 def test_a_lock_names_its_holder_who_has_only_just_begun(tmp_path: Path) -> None:
-    path = tmp_path / resume.LOCK
+    path = tmp_path / run_lock.LOCK
     path.write_text(json.dumps({"pid": 1, "host": "old", "started": "then"}))
     with path.open("r+") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         later = threading.Timer(0.05, path.write_text, [json.dumps({"pid": 2, "host": "new", "started": "now"})])
         later.start()
-        with pytest.raises(ConfigError, match="by process 2 on new, since now"), resume.locked(tmp_path):
+        with pytest.raises(ConfigError, match="by process 2 on new, since now"), run_lock.locked(tmp_path):
             pass
         later.join()
 
 
 def test_a_lock_that_holds_noise(tmp_path: Path) -> None:
-    path = tmp_path / resume.LOCK
+    path = tmp_path / run_lock.LOCK
     path.write_bytes(b"\xff\xfe{")
     with path.open("rb") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="by another process"), resume.locked(tmp_path):
+        with pytest.raises(ConfigError, match="by another process"), run_lock.locked(tmp_path):
             pass
-    with resume.locked(tmp_path):
+    with run_lock.locked(tmp_path):
         assert json.loads(path.read_text())["pid"]
     assert not path.exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from mlx_training import checkpoint_files, resume, run_directory
+from mlx_training import checkpoint_files, run_directory, run_lock
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.data.tokenizer import train_bpe
 from mlx_training.errors import CheckpointError, ConfigError
@@ -67,8 +67,9 @@ def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path: Path, monkey
         path.touch()
         return Full()
 
-    monkeypatch.setattr(resume, "_lock", lock)
-    with pytest.raises(ConfigError, match=r"No space left .* Free space on that disk, or set"), resume.locked(tmp_path):
+    monkeypatch.setattr(run_lock, "_lock", lock)
+    no_room = r"No space left .* Free space on that disk, or set"
+    with pytest.raises(ConfigError, match=no_room), run_lock.locked(tmp_path):
         pytest.fail("locked")
     assert not list(tmp_path.iterdir())
     assert "). Set output_dir" in str(unwritable(tmp_path, OSError(errno.EROFS, os.strerror(errno.EROFS))))

@@ -25,8 +25,8 @@ from mlx_training.errors import CheckpointError, ConfigError, DataError, UserErr
 from mlx_training.llm_config import normalize_llm_config
 from mlx_training.llm_source import resolve_llm, safetensors_header, weight_files
 from mlx_training.opentslm import read_opentslm
-from mlx_training.resume import locked
 from mlx_training.run_directory import claim_run_directory, write_atomic
+from mlx_training.run_lock import locked
 from mlx_training.spec import FrozenLM
 from mlx_training.torch_archive import read_archive, write_archive
 from tests.e2e.tiny import save_tiny_llama

@@ -33,7 +33,7 @@ from mlx_training import cli
 from mlx_training.checkpoint import CheckpointStore
 from mlx_training.data.questions import QuestionDataset
 from mlx_training.data.rows import write_rows
-from mlx_training.resume import LOCK
+from mlx_training.run_lock import LOCK
 from tools.make_llama import make_llama
 from tools.trials.kills import COMMON, DECODER, PATIENCE, wrong_at_the_end
 from tools.trials.report import REPOSITORY, Report
