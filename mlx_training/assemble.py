@@ -259,7 +259,7 @@ def _augmentation(given: Augment | None) -> Augmentation | None:
         return None
     degrees = given.rotation_degrees
     x, y, z = degrees if isinstance(degrees, tuple) else (degrees,) * 3
-    return Augmentation((x, y, z), given.scale, given.jitter)
+    return Augmentation((x, y, z), given.roll_fraction, given.scale, given.jitter)
 
 
 def _row_splits(config: RunConfig) -> dict[str, Sequence[Row]]:

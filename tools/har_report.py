@@ -3,44 +3,32 @@
     python tools/har_report.py [key=value ...] --data har_total_acc_train.npz --out runs/har_report [--seeds 1 2 3]
 
 For every seed: `main` (configs/timeseries/har.yaml), `no_scale` (the same without the numeric scale: only the shape of
-a series is left) and `control`, a control and no product: the same encoder from the same initial values, mean-pooled
-over real patches, channels side by side, and a linear layer to the classes. It sees the same batches in the same order,
-the same normalisation and scale, the same optimiser, learning rates and steps, and its checkpoint is chosen on the same
-validation subjects. Test subjects are read once a run, after that choice. Given again, the command continues
-what was interrupted and leaves what is finished (result.json). Writes report.md, report.json and confusion.png.
+a series is left) and `control` (tools/har_control.py). Test subjects are read once a run, after the choice of its
+checkpoint on the validation subjects. Given again, the command continues what was interrupted and leaves what is
+finished (result.json). Writes report.md, report.json and confusion.png.
 """
 
 import argparse
 import itertools
 import json
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from mlx_training.assemble import RowData, assemble, open_backend
+from mlx_training.assemble import RowData, assemble
 from mlx_training.config import RunConfig, load_config, to_yaml
-from mlx_training.data.batch import Batch
-from mlx_training.data.rows import Row, normalise
+from mlx_training.data.rows import normalise
 from mlx_training.environment import versions
 from mlx_training.errors import ConfigError, Interrupted, UserError
-from mlx_training.evaluate import save_predictions
-from mlx_training.init import initialise
-from mlx_training.metrics import answer_metrics
-from mlx_training.objectives import Objective, Sums
-from mlx_training.progress import Progress
 from mlx_training.run_directory import write_atomic
-from mlx_training.spec import EncoderSpec, Param, Spec, TimeSeriesSpec
-from mlx_training.spec.param import linear
-from mlx_training.trainer import Cadence, judge, learning_rates, plan, train
+from mlx_training.trainer import train
+from tools.har_control import TEST, Result, train_control
 
-CONFIG, TEST = "timeseries/har", "test"
+CONFIG = "timeseries/har"
 VARIANTS = {
     "main": "soft prompt",
     "no_scale": "soft prompt without the numeric scale",
@@ -48,119 +36,6 @@ VARIANTS = {
 }
 NO_SCALE = ("model.encoder.numeric_scale=false",)
 REQUIRED = 0.86  # mean test accuracy of `main`
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ControlSpec(Spec):
-    """An encoder and a linear layer over the pooled channels, which learns at the projector's rate."""
-
-    encoder: EncoderSpec
-    num_channels: int
-    num_classes: int
-
-    def params(self) -> dict[str, Param]:
-        in_size = self.num_channels * self.encoder.hidden_size
-        return self.encoder.params() | dict(linear("head", self.num_classes, in_size, group="projector"))
-
-
-def build_control(spec: ControlSpec) -> Any:
-    """The control in PyTorch: a batch -> logits (B, C); S series, P patches, d hidden size, C classes."""
-    import torch
-    from torch import Tensor, nn
-
-    from torch_backend.timeseries import Encoder
-
-    class Control(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.spec = spec
-            self.encoder = Encoder(spec.encoder)
-            self.head = nn.Linear(spec.num_channels * spec.encoder.hidden_size, spec.num_classes)
-
-        def forward(self, batch: Batch) -> Tensor:
-            h_SPd = self.encoder(batch.series, batch.scale, batch.num_patches, batch.series_place)
-            real_SP = torch.arange(h_SPd.shape[1], device=h_SPd.device) < batch.num_patches[:, None]
-            pooled_Sd = (h_SPd * real_SP[..., None]).sum(1) / batch.num_patches[:, None]
-            return self.head(pooled_Sd.view(len(batch.rows), -1))  # the channels of a row stand together
-
-    return Control()
-
-
-def train_control(config: RunConfig, run: Path) -> Result:
-    """Train, choose and test the control as the trainer does a model; the same result, and predictions_test.jsonl."""
-    started = time.monotonic()
-    assembly = assemble(config)
-    data, seed = assembly.data, config.experiment.seed
-    assert isinstance(assembly.spec, TimeSeriesSpec) and isinstance(data, RowData)
-    first = data.rows("train")[0]
-    spec = ControlSpec(assembly.spec.encoder, len(first.series), len(first.options))
-    backend: Any = open_backend(config, "torch")
-    model = build_control(spec).to(backend.device)
-    backend.load(model, initialise(spec, seed))
-    step = backend.make_step(model, control_objective(data.rows("train")), config.optim, seed=seed)
-    batches, total_steps = plan(assembly)
-    cadence, progress = Cadence(config, total_steps, batches.num_batches), Progress()
-    accumulation = config.training.grad_accumulation_steps
-    best, number = backend.export(model), 0
-    with closing(batches.prefetch(0, total_steps * accumulation)) as stream:
-        while number < total_steps and not progress.stopped_early:
-            number += 1
-            micro_batches = [next(stream) for _ in range(accumulation)]
-            metrics = step(micro_batches, step=number, lr=learning_rates(config, number, total_steps))
-            if cadence.evaluates(number):
-                progress.loss = float(metrics["loss"])
-                with step.averaged():
-                    values, _ = score_control(backend, model, data, config.evaluation.split, config.evaluation.max_rows)
-                    if judge(config, progress, values, number):
-                        best = backend.export(model)
-    seconds = time.monotonic() - started
-
-    backend.load(model, best)
-    metrics, predictions = score_control(backend, model, data, TEST, None)
-    save_predictions(run / f"predictions_{TEST}.jsonl", predictions)
-    result = {"run": str(run), "backend": "torch", "steps": number, "loss": progress.loss}
-    result |= {"seconds": round(seconds, 2), "eval": metrics}
-    write_atomic(run / "result.json", json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def control_objective(rows: Sequence[Row]) -> Objective:
-    """Cross-entropy in nats, summed over the rows of a batch, and their number."""
-    import torch
-    import torch.nn.functional as F
-
-    classes = torch.tensor([row.options.index(row.answer) for row in rows])
-
-    def objective(model: Any, batch: Batch) -> Sums:
-        logits_BC = model(batch)
-        classes_B = classes[list(batch.rows)].to(logits_BC.device)
-        loss = F.cross_entropy(logits_BC, classes_B, reduction="sum")
-        return {"loss": loss, "weight": torch.full_like(loss, len(batch.rows))}
-
-    return objective
-
-
-def score_control(
-    backend: Any, model: Any, data: RowData, split: str, limit: int | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of the control on a split (or its first `limit` rows) with the mean loss, and every row's prediction."""
-    import torch
-
-    rows = data.rows(split)[:limit]
-    objective = control_objective(rows)
-    size = data.config.evaluation.batch_size or data.config.training.batch_size
-    given, loss = [""] * len(rows), 0.0
-    for batch in data.eval_batches(split, size, limit):
-        loss += backend.score(model, objective, batch)["loss"]
-        with torch.no_grad():
-            chosen = model(backend.to_device(batch)).argmax(-1).tolist()
-        for row, index in zip(batch.rows, chosen, strict=True):
-            given[row] = rows[row].options[index]
-    lines = [
-        {"id": r.id, "type": r.type, "answer": r.answer, "prediction": p} for r, p in zip(rows, given, strict=True)
-    ]
-    return answer_metrics(rows, given) | {"loss": loss / len(rows)}, lines
 
 
 def run_all(data: Path, out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, dict[int, Result]]:

@@ -22,13 +22,14 @@ class Augmentation:
     """What `dataset.augment` says. The changes come in the order of the fields; 0 leaves one out."""
 
     rotation_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the rotation vector, std about x, y and z
+    roll_fraction: float = 0.0  # share of the rows that are first turned about x by any angle
     scale: float = 0.0  # std of the logarithm of a factor, one a series
     jitter: float = 0.0  # std of noise on each sample, in standard deviations of its series
 
     @property
     def rotates(self) -> bool:
         """Whether rows must be three axes."""
-        return any(self.rotation_degrees)
+        return any(self.rotation_degrees) or self.roll_fraction > 0
 
     def check(self, row: Row) -> None:
         """Raise DataError for a row whose series are no three axes of one sensor, where axes are turned."""
@@ -36,8 +37,8 @@ class Augmentation:
         if self.rotates and (len(lengths) != AXES or len(set(lengths)) != 1):
             raise DataError(
                 f"{row.name}: series of {', '.join(map(str, lengths)) or 'no'} samples, but "
-                "dataset.augment.rotation_degrees turns the three axes of one sensor; give rows of exactly 3 series of "
-                "equal length, or remove this key"
+                "dataset.augment.rotation_degrees and roll_fraction turn the three axes of one sensor; give rows of "
+                "exactly 3 series of equal length, or remove these keys"
             )
 
     def row(self, row: Row, rng: np.random.Generator) -> Row:
@@ -49,6 +50,8 @@ class Augmentation:
         series = [values.astype(np.float64) for values in row.series]
         if self.rotates:
             turn = rotation(np.radians(self.rotation_degrees) * rng.standard_normal(AXES))
+            if self.roll_fraction and rng.random() < self.roll_fraction:
+                turn = turn @ rotation(np.array([rng.uniform(-math.pi, math.pi), 0, 0]))
             series = list(turn @ np.stack(series))
         if self.scale:
             series = [values * math.exp(self.scale * rng.standard_normal()) for values in series]

@@ -13,7 +13,7 @@ from mlx_training.data.rows import Row
 from mlx_training.data.tokenizer import Tokenizer
 from mlx_training.errors import ConfigError, DataError
 
-AUGMENT = "dataset.augment={rotation_degrees: 20, scale: 0.1, jitter: 0.1}"
+AUGMENT = "dataset.augment={rotation_degrees: 20, roll_fraction: 0.5, scale: 0.1, jitter: 0.1}"
 
 
 def row(*series: np.ndarray, text: str = "an axis") -> Row:
@@ -48,6 +48,20 @@ def test_a_rotation_keeps_the_norm_over_the_axes(degrees: tuple[float, float, fl
     assert np.abs(y - z).max() > 0.01
     if degrees[1:] == (0.0, 0.0):
         np.testing.assert_array_equal(after.series[0], before.series[0], "the axis that it turns about stays")
+
+
+def test_a_share_of_the_rows_rolls_by_any_angle() -> None:
+    """Uniform over the circle about x, where its fraction says so; the others stay as they are."""
+    before, rng = axes(1), np.random.default_rng(2)
+    turned = np.array([Augmentation(roll_fraction=0.25).row(before, rng).series for _ in range(4000)])[:, :, 0]
+    x, y, z = turned.T
+    np.testing.assert_allclose(x, before.series[0][0], rtol=1e-6)
+    stay = np.isclose(y, before.series[1][0]) & np.isclose(z, before.series[2][0])
+    assert 0.73 < stay.mean() < 0.77
+    quarters = np.histogram(np.arctan2(z, y)[~stay], 4, (-np.pi, np.pi))[0] / (~stay).sum()
+    np.testing.assert_allclose(quarters, 0.25, atol=0.04)
+    with pytest.raises(DataError, match="roll_fraction turn the three axes"):
+        Augmentation(roll_fraction=0.1).check(row(np.ones(4), np.ones(4)))
 
 
 def test_a_rotation_turns_by_its_length() -> None:
@@ -141,7 +155,7 @@ def test_only_three_equal_axes_are_turned(series: list[int], given: str) -> None
 
 def test_training_rows_are_checked_before_the_first_step(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", X=np.ones((20, 12, 2)), y=np.arange(20) % 2)
-    with pytest.raises(DataError, match=r"series of 12, 12 samples, but dataset.augment.rotation_degrees"):
+    with pytest.raises(DataError, match=r"series of 12, 12 samples, but dataset.augment.rotation_degrees and roll"):
         assembly(tmp_path / "two.npz", AUGMENT).data.rows("validation")
 
 

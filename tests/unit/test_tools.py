@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,11 @@ from mlx_training import backend as backends_module
 from mlx_training.assemble import RowData
 from mlx_training.backend import Runtime
 from mlx_training.config import RunConfig
+from mlx_training.data.rows import Row
 from mlx_training.errors import ConfigError
 from mlx_training.llm_source import describe_llm
 from mlx_training.spec import DecoderSpec, FrozenLM, RopeScaling, TimeSeriesSpec
-from tools import har_folds, har_report, real_size
+from tools import har_control, har_folds, har_report, real_size
 from tools.make_llama import LLAMA_3_2_1B, make_llama
 
 TINY = LLAMA_3_2_1B | {
@@ -128,7 +130,7 @@ def har_config(windows: Path, llama: Path, run: Path, steps: int) -> RunConfig:
 
 def test_control_learns_from_its_own_rows(windows: Path, llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    result = har_report.train_control(har_config(windows, llama, tmp_path, 160), tmp_path)
+    result = har_control.train_control(har_config(windows, llama, tmp_path, 160), tmp_path)
     assert result["eval"]["rows"] == 72 and result["eval"]["chance"] == pytest.approx(1 / 6)
     assert result["eval"]["accuracy"] >= 0.9
     lines = (tmp_path / "predictions_test.jsonl").read_text(encoding="utf-8").splitlines()
@@ -144,9 +146,9 @@ def test_control_pools_real_patches_of_each_channel(windows: Path, llama: Path, 
     from mlx_training.init import initialise
 
     config = har_config(windows, llama, tmp_path, 1)
-    spec = har_report.ControlSpec(assemble(config).spec.encoder, 3, 6)  # type: ignore[attr-defined]
+    spec = har_control.ControlSpec(assemble(config).spec.encoder, 3, 6)  # type: ignore[attr-defined]
     backend: Any = open_backend(config, "torch")
-    model = har_report.build_control(spec)
+    model = har_control.build_control(spec)
     backend.load(model, initialise(spec, 0))
 
     def logits(series: np.ndarray, num_patches: list[int]) -> np.ndarray:
@@ -208,6 +210,16 @@ def test_differences_that_all_have_one_sign_are_rare(tmp_path: Path, monkeypatch
     assert found == {"differences": {"25": 0.5, "30": 0.5}, "mean": 0.5, "p": 0.5}
 
 
+def test_lying_windows_are_turned_to_all_sides() -> None:
+    lying = np.array([[0.1], [1.0], [0.0]], np.float32) + np.zeros((3, 8), np.float32)
+    rows = [Row("", tuple(lying), ("",) * 3, "", answer) for answer in ("laying", "standing")]
+    turned = np.array([row.series for row in har_folds.on_any_side(rows)])
+    assert turned.shape == (12, 3, 8) and turned.dtype == np.float32
+    np.testing.assert_allclose(turned[:, 0], 0.1, rtol=1e-6, err_msg="x is what it turns about")
+    sides = np.degrees(np.arctan2(turned[:, 2, 0], turned[:, 1, 0])) % 360
+    np.testing.assert_allclose(sides, np.arange(12) * 30, atol=1e-3)
+
+
 def test_folds_leave_the_test_subjects_out(
     windows: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,7 +228,8 @@ def test_folds_leave_the_test_subjects_out(
     monkeypatch.setattr("sys.argv", argv)
     assert har_folds.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and lines[-1].startswith("main 0.") and ", control 0." in lines[-1]
+    assert len(lines) == 11 and lines[-1].startswith("main 0.") and "), control 0." in lines[-1]
+    assert all(re.search(r"[01]\.\d{3} \(lying on any side [01]\.\d{3}\)$", line) for line in lines)
     left = np.load(tmp_path / "out" / "without_test.npz")["subject"]
     assert set(left.tolist()) == {1, 2, 3, 4, 21, 22, 23}
     tested = [json.loads(line)["id"] for line in (tmp_path / "out/main_fold0/predictions_test.jsonl").open()]
