@@ -101,6 +101,7 @@ class Division:
     def __init__(self, sources: Sequence[Source], splits: TextSplits) -> None:
         self.sources, self.splits = sources, splits
         self.units = {id(source): self._unit(source) for source in sources}
+        self._told: set[int] = set()  # sources whose repeats were reported: a tokenizer is trained on the parts first
 
     def parts(self, source: Source) -> Iterator[Part]:
         """Every document of one of the sources, or its parts, in order. Repeats of what is cut in two are left out."""
@@ -151,7 +152,8 @@ class Division:
         for digest, length in source.outline:
             lengths.append(0 if digest in seen else length)
             seen.add(digest)
-        if num_repeats := lengths.count(0):
+        if (num_repeats := lengths.count(0)) and id(source) not in self._told:
+            self._told.add(id(source))
             print(f"note: {source.name}: {num_repeats} repeated documents are left out", file=sys.stderr)
         total = sum(lengths)
         if num_repeats and not total:

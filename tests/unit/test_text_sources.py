@@ -70,6 +70,9 @@ def test_repeats_of_what_is_cut_in_two_are_left_out(capsys: pytest.CaptureFixtur
     parts = divided(source_of([novel, other, novel]), splits=TextSplits({"test": 0.5}))
     assert parts == {"train": [novel[:250]], "test": [novel[250:], other]}
     assert "1 repeated documents are left out" in capsys.readouterr().err
+    twice = Division([source := source_of([novel, other, novel])], TextSplits({"test": 0.5}))
+    assert len(list(twice.parts(source))) == len(list(twice.parts(source))) == 3
+    assert capsys.readouterr().err.count("left out") == 1, "said once"
     # nor in another source, whichever way that one is divided
     many = source_of([*(f"text {i}" for i in range(300)), novel])
     parts = divided(many, source_of([novel, other]), source_of([other, "C" * 40]), splits=TextSplits({"test": 0.1}))
