@@ -49,9 +49,10 @@ class RowData:
         if self.config.dataset.format != "questions":
             for rows in splits.values():
                 self._check(rows)
-            if self.augmentation is not None:
-                for row in splits["train"]:
-                    self.augmentation.check(row)
+        if self.augmentation is not None:
+            generated = self.config.dataset.format == "questions"  # all alike
+            for row in [splits["train"][0]] if generated else splits["train"]:
+                self.augmentation.check(row)
         return splits
 
     def rows(self, split: str) -> Sequence[Row]:

@@ -118,7 +118,7 @@ class Augment(Section):
     ] = 0.0
     """Turn three axes: standard deviation of the angle about each of them, or [x, y, z]. Rows of three equal series."""
     roll_fraction: Fraction = 0.0
-    """Turn this share of the rows about x by any angle too: who lies, lies on any side. Rows of three equal series."""
+    """Turn this share of the rows about x by any angle as well. Rows of three equal series."""
     scale: Fraction = 0.0
     """Multiply each series by exp(z), where z has this standard deviation."""
     jitter: Rate = 0.0

@@ -4,15 +4,16 @@
 
 For every seed: `main` (configs/timeseries/har.yaml), `no_scale` (the same without the numeric scale: only the shape of
 a series is left) and `control` (tools/har_control.py). Test subjects are read once a run, after the choice of its
-checkpoint on the validation subjects. Given again, the command continues what was interrupted and leaves what is
-finished (result.json). Writes report.md, report.json and confusion.png.
+checkpoint on the validation subjects. Given again, the command continues what was interrupted (the control begins anew)
+and leaves what is finished (result.json). Writes report.md, report.json and confusion.png.
 """
 
 import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,33 +36,49 @@ VARIANTS = {
     "control": "linear head on the same encoder",
 }
 NO_SCALE = ("model.encoder.numeric_scale=false",)
-REQUIRED = 0.86  # mean test accuracy of `main`
+REQUIRED = 0.86  # mean test accuracy of `main`: the least that is accepted
 
 
 def run_all(data: Path, out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, dict[int, Result]]:
-    """Every variant with every seed, each in its own directory; what is finished is read, not run.
-
-    Raises ConfigError when a directory holds a run of another configuration.
-    """
+    """Every variant with every seed, each in its own directory. Raises what `run_once` does."""
     results: dict[str, dict[int, Result]] = {name: {} for name in VARIANTS}
     for seed in seeds:
         for name in VARIANTS:
             run = out / f"{name}_seed{seed}"
-            config = configure(data, run, seed, [*overrides, *(NO_SCALE if name == "no_scale" else ())])
-            text, written = to_yaml(config), run / "config.yaml"
-            if written.is_file() and written.read_text(encoding="utf-8") != text:
-                raise ConfigError(f"{run} holds a run of another configuration; give another --out, or remove it")
-            if (run / "result.json").is_file():
-                results[name][seed] = json.loads((run / "result.json").read_text(encoding="utf-8"))
-                continue
-            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-            if name == "control":
-                run.mkdir(parents=True, exist_ok=True)
-                write_atomic(written, text)
-                results[name][seed] = train_control(config, run)
-            else:
-                results[name][seed] = train(config, resume="auto")
+            own = [*overrides, *(NO_SCALE if name == "no_scale" else ())]
+            results[name][seed] = run_once(name, configure(data, run, seed, own), run)
     return results
+
+
+def run_once(name: str, config: RunConfig, run: Path) -> Result:
+    """The result of a variant in its directory: read where it is finished, else trained.
+
+    Raises ConfigError when the directory holds a run of another configuration.
+    """
+    text, written = to_yaml(config), run / "config.yaml"
+    if written.is_file() and written.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{run} holds a run of another configuration; give another --out, or remove it")
+    if (run / "result.json").is_file():
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+    print(run.name, file=sys.stderr, flush=True)
+    if name != "control":
+        return train(config, resume="auto")
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(written, text)
+    return train_control(config, run)
+
+
+@contextmanager
+def ends_in_a_line() -> Iterator[None]:
+    """Errors that a user can act on, and interruptions, end the program with a line and its exit code."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print("interrupted; the same command goes on with the run that was not finished", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
 
 
 def configure(data: Path, run: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
@@ -121,8 +138,8 @@ def to_markdown(results: dict[str, dict[int, Result]], summary: dict[str, Any], 
     lines += ["", f"At least {REQUIRED}: {'yes' if ours >= REQUIRED else 'no'}. "]
     lines[-1] += f"Not below the control: {'yes' if ours >= control else 'no'} ({ours - control:+.3f})."
     each = ", ".join(f"{name}: {gap:+.3f}" for name, gap in gaps["differences"].items())
-    lines += ["", f"Soft prompt less control by subject: {each}; mean {gaps['mean']:+.3f}, p = {gaps['p']:.2f} (exact"]
-    lines[-1] += " sign-flip test)."
+    lines += ["", f"Soft prompt less control by subject: {each}; mean over subjects {gaps['mean']:+.3f},"]
+    lines[-1] += f" p = {gaps['p']:.3f} (exact sign-flip test)."
     return "\n".join(lines) + "\n"
 
 
@@ -182,12 +199,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, as for train")
     given = parser.parse_args()
     budget = [] if given.steps is None else ["training.num_epochs=null", f"training.max_steps={given.steps}"]
-    try:
+    with ends_in_a_line():
         results = run_all(given.data, given.out, given.seeds, [*budget, *given.overrides])
-    except (UserError, Interrupted) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    write_report(given.out, results)
+        write_report(given.out, results)
     return 0
 
 

@@ -35,10 +35,13 @@ class Augmentation:
         """Raise DataError for a row whose series are no three axes of one sensor, where axes are turned."""
         lengths = [values.size for values in row.series]
         if self.rotates and (len(lengths) != AXES or len(set(lengths)) != 1):
+            keys = [
+                f"dataset.augment.{key}" for key in ("rotation_degrees", "roll_fraction") if np.any(getattr(self, key))
+            ]
             raise DataError(
-                f"{row.name}: series of {', '.join(map(str, lengths)) or 'no'} samples, but "
-                "dataset.augment.rotation_degrees and roll_fraction turn the three axes of one sensor; give rows of "
-                "exactly 3 series of equal length, or remove these keys"
+                f"{row.name}: {len(lengths)} series of {', '.join(map(str, lengths)) or 'no'} samples, but "
+                f"{' and '.join(keys)} turns the three axes of one sensor; give rows of exactly 3 series of equal "
+                "length, or set it to 0"
             )
 
     def row(self, row: Row, rng: np.random.Generator) -> Row:

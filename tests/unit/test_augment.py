@@ -60,7 +60,7 @@ def test_a_share_of_the_rows_rolls_by_any_angle() -> None:
     assert 0.73 < stay.mean() < 0.77
     quarters = np.histogram(np.arctan2(z, y)[~stay], 4, (-np.pi, np.pi))[0] / (~stay).sum()
     np.testing.assert_allclose(quarters, 0.25, atol=0.04)
-    with pytest.raises(DataError, match="roll_fraction turn the three axes"):
+    with pytest.raises(DataError, match=r"2 series of 4, 4 samples, but dataset.augment.roll_fraction turns the"):
         Augmentation(roll_fraction=0.1).check(row(np.ones(4), np.ones(4)))
 
 
@@ -148,15 +148,17 @@ def test_evaluation_reads_rows_as_they_are(windows: Path) -> None:
 )
 def test_only_three_equal_axes_are_turned(series: list[int], given: str) -> None:
     wrong, rng = row(*map(np.ones, series)), np.random.default_rng(0)
-    with pytest.raises(DataError, match=rf"row 'r1': {given}, but .*rotation_degrees .*exactly 3 series"):
+    with pytest.raises(DataError, match=rf"row 'r1': {len(series)} {given}, but .*rotation_degrees .*exactly 3 series"):
         Augmentation((1.0, 0.0, 0.0)).row(wrong, rng)
     assert len(Augmentation(scale=0.1, jitter=0.1).row(wrong, rng).series) == len(series)
 
 
 def test_training_rows_are_checked_before_the_first_step(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", X=np.ones((20, 12, 2)), y=np.arange(20) % 2)
-    with pytest.raises(DataError, match=r"series of 12, 12 samples, but dataset.augment.rotation_degrees and roll"):
+    with pytest.raises(DataError, match=r"2 series of 12, 12 samples, but dataset.augment.rotation_degrees and "):
         assembly(tmp_path / "two.npz", AUGMENT).data.rows("validation")
+    with pytest.raises(DataError, match=r"1 series of .* dataset.augment.roll_fraction turns the three"):
+        assemble(load_config("quick_test", ["dataset.augment.roll_fraction=0.1"])).data.rows("train")
 
 
 @pytest.mark.parametrize(

@@ -235,9 +235,42 @@ def test_folds_leave_the_test_subjects_out(
     tested = [json.loads(line)["id"] for line in (tmp_path / "out/main_fold0/predictions_test.jsonl").open()]
     assert len(tested) == 24  # subjects 1 and 23: every fifth
 
-    monkeypatch.setattr(har_folds, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(har_report, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr("sys.argv", [*argv, "--folds", "3", "0", "--models", "main"])
     assert har_folds.main() == 0
     again = capsys.readouterr().out.splitlines()
     assert again[:2] == [line for k in (3, 0) for line in lines if line.startswith(f"fold {k} ") and "main:" in line]
     assert len(again) == 3 and again[2].startswith("main 0.") and "control" not in again[2]
+
+    moved = tmp_path / "moved.npz"
+    np.savez(moved, **{**(arrays := dict(np.load(windows))), "X": arrays["X"][::-1]})
+    refused = [
+        ([*argv, "training.batch_size=8", "--folds", "0"], 2, "main_fold0 holds a run of another configuration"),
+        (["har_folds", "--data", str(moved), *argv[3:]], 2, "holds folds of other data than"),
+        (["har_folds", "--data", "nowhere.npz", *argv[3:]], 3, "no data file"),
+        ([*argv, "--folds", "7"], 2, "invalid choice"),
+    ]
+    for given, code, message in refused:
+        monkeypatch.setattr("sys.argv", given)
+        with pytest.raises(SystemExit) as ended:
+            har_folds.main()
+        assert ended.value.code == code and message in capsys.readouterr().err
+
+
+def test_folds_in_which_nobody_lies(
+    windows: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    arrays = dict(np.load(windows))
+    up = arrays["y"] != ACTIVITIES.index("LAYING")
+    np.savez(tmp_path / "up.npz", **{name: a[up] if a.shape[:1] == up.shape else a for name, a in arrays.items()})
+    budget = ["training.num_epochs=null", "training.max_steps=2", "evaluation.every_steps=2", f"model.llm_id={llama}"]
+    argv = ["har_folds", *SMALL, *budget, "--data", str(tmp_path / "up.npz"), "--folds", "0", "--models", "control"]
+    monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "out")])
+    assert har_folds.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(nobody lies)")
+    monkeypatch.setattr(har_report, "train_control", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "again")])
+    with pytest.raises(SystemExit, match="130"):
+        har_folds.main()
+    assert "the same command goes on" in capsys.readouterr().err
