@@ -70,14 +70,14 @@ _MACHINE_DIRECTORIES = ("/opt/OpenBLAS/lib", "/usr/lib64", "/usr/local/lib", "/o
 
 @dataclass(frozen=True)
 class BlasReport:
-    """Which BLAS MLX uses in this process: `library` is a path or name, `reason` says why, or what to do."""
+    """Which BLAS MLX uses in this process: `name` may be a path, `reason` says why, or what to do."""
 
-    library: str
+    name: str
     how: Literal["forwarder", "loaded", "stock"]
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.library} ({self.how}{': ' + self.reason if self.reason else ''})"
+        return f"{self.name} ({self.how}{': ' + self.reason if self.reason else ''})"
 
 
 class _Unusable(Exception):

@@ -40,8 +40,8 @@ class Augmentation:
             ]
             raise DataError(
                 f"{row.name}: {len(lengths)} series of {', '.join(map(str, lengths)) or 'no'} samples, but "
-                f"{' and '.join(keys)} turns the three axes of one sensor; give rows of exactly 3 series of equal "
-                "length, or set it to 0"
+                f"turning by {' and '.join(keys)} takes the three axes of one sensor; give rows of exactly 3 series of "
+                "equal length, or set it to 0"
             )
 
     def row(self, row: Row, rng: np.random.Generator) -> Row:

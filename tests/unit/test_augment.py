@@ -60,7 +60,9 @@ def test_a_share_of_the_rows_rolls_by_any_angle() -> None:
     assert 0.73 < stay.mean() < 0.77
     quarters = np.histogram(np.arctan2(z, y)[~stay], 4, (-np.pi, np.pi))[0] / (~stay).sum()
     np.testing.assert_allclose(quarters, 0.25, atol=0.04)
-    with pytest.raises(DataError, match=r"2 series of 4, 4 samples, but dataset.augment.roll_fraction turns the"):
+    with pytest.raises(
+        DataError, match=r"2 series of 4, 4 samples, but turning by dataset.augment.roll_fraction takes the"
+    ):
         Augmentation(roll_fraction=0.1).check(row(np.ones(4), np.ones(4)))
 
 
@@ -155,9 +157,11 @@ def test_only_three_equal_axes_are_turned(series: list[int], given: str) -> None
 
 def test_training_rows_are_checked_before_the_first_step(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", X=np.ones((20, 12, 2)), y=np.arange(20) % 2)
-    with pytest.raises(DataError, match=r"2 series of 12, 12 samples, but dataset.augment.rotation_degrees and "):
+    with pytest.raises(
+        DataError, match=r"2 series of 12, 12 samples, but turning by dataset.augment.rotation_degrees and "
+    ):
         assembly(tmp_path / "two.npz", AUGMENT).data.rows("validation")
-    with pytest.raises(DataError, match=r"1 series of .* dataset.augment.roll_fraction turns the three"):
+    with pytest.raises(DataError, match=r"1 series of .* dataset.augment.roll_fraction takes the three"):
         assemble(load_config("quick_test", ["dataset.augment.roll_fraction=0.1"])).data.rows("train")
 
 

@@ -19,7 +19,7 @@ import json, sys, time
 {before}
 from mlx_training.blas import load_fast_blas
 report = load_fast_blas()
-result = dict(library=report.library, how=report.how, reason=report.reason)
+result = dict(name=report.name, how=report.how, reason=report.reason)
 if {measure}:
     import numpy as np, mlx.core as mx
     mx.set_default_device(mx.cpu)
