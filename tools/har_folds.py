@@ -10,6 +10,7 @@ finished; another configuration or other data need another --out.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -28,7 +29,7 @@ from mlx_training.data.rows import Row
 from mlx_training.errors import ConfigError
 from mlx_training.evaluate import Evaluator
 from tools.har_control import TEST, load_control, score_control
-from tools.har_report import CONFIG, configure, ends_in_a_line, run_once
+from tools.har_report import CONFIG, against_chance, by_subject, configure, ends_in_a_line, gaps_line, run_once
 
 NUM_FOLDS, NUM_SIDES = 5, 12
 LYING = "laying"  # the data set's spelling
@@ -81,32 +82,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--folds", type=int, choices=range(NUM_FOLDS), nargs="+", default=list(range(NUM_FOLDS)))
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="only these")
     parser.add_argument("overrides", nargs="*", help="key=value, as for train")
     given = parser.parse_args()
     with ends_in_a_line():
-        cross_validate(given.data, given.out, given.seed, given.folds, given.models, given.overrides)
+        cross_validate(given.data, given.out, given.seeds, given.folds, given.models, given.overrides)
     return 0
 
 
 def cross_validate(
-    data: Path, out: Path, seed: int, chosen: Sequence[int], models: Sequence[str], overrides: Sequence[str]
+    data: Path, out: Path, seeds: Sequence[int], chosen: Sequence[int], models: Sequence[str], overrides: Sequence[str]
 ) -> None:
-    """Train and test, print each fold and the means. Raises what `without_test` and `run_once` do."""
+    """Train and test, print each fold, the means and the differences by subject.
+
+    Raises what `without_test` and `run_once` do.
+    """
     path, subjects = without_test(data, out, overrides)
     folds = [subjects[k::NUM_FOLDS] for k in range(NUM_FOLDS)]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    gaps: dict[str, float] = {}
     for k in chosen:
         groups = json.dumps({"validation": folds[(k + 1) % NUM_FOLDS], "test": folds[k]})
-        for name, accuracies in found.items():
-            run = out / f"{name}_fold{k}"
+        runs: dict[str, list[Path]] = {name: [] for name in models}
+        for seed, name in itertools.product(seeds, models):
+            run = out / f"{name}_seed{seed}_fold{k}"
             config = configure(path, run, seed, [f"dataset.splits.group={groups}", *overrides])
             accuracy = run_once(name, config, run)["eval"]["accuracy"]
-            accuracies.append((accuracy, accuracy_on_any_side(name, config, run)))
-            print(f"fold {k} (subjects {folds[k]}), {name}: {_shown(*accuracies[-1])}", flush=True)
+            runs[name].append(run)
+            found[name].append((accuracy, accuracy_on_any_side(name, config, run)))
+            print(f"fold {k} (subjects {folds[k]}), seed {seed}, {name}: {_shown(*found[name][-1])}", flush=True)
+        if len(runs) == len(MODELS):
+            gaps |= by_subject(config, runs["main"], runs["control"])
     print(", ".join(f"{name} {_shown(*map(mean, zip(*pairs, strict=True)))}" for name, pairs in found.items()))
+    if gaps:
+        print(gaps_line(against_chance(gaps)))
 
 
 def _shown(accuracy: float, turned: float) -> str:

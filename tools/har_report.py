@@ -9,7 +9,6 @@ and leaves what is finished (result.json). Writes report.md, report.json and con
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -97,25 +96,40 @@ def summarise(results: dict[str, dict[int, Result]]) -> dict[str, Any]:
     return {name: {"mean": mean(values), "by_seed": values} for name, values in accuracy.items()}
 
 
-def by_subject(out: Path, results: dict[str, dict[int, Result]]) -> dict[str, Any]:
-    """Accuracy of `main` less that of the control on each test subject, means over seeds, and what chance says of it.
-
-    `p` is the exact sign-flip test's: how often subjects whose differences could as well be negative would differ by as
-    much on average, to either side.
-    """
-    config = load_config(str(out / f"main_seed{next(iter(results['main']))}" / "config.yaml"))
+def by_subject(config: RunConfig, mains: Sequence[Path], controls: Sequence[Path]) -> dict[str, float]:
+    """Accuracy of `main` less that of the control on each test subject of a configuration, means over their runs."""
     data = assemble(config).data
     assert isinstance(data, RowData)
     subjects = np.array([row.group for row in data.rows(TEST)])
-    right: dict[str, np.ndarray] = {}
-    for name in ("main", "control"):
-        runs = [_predictions(out / f"{name}_seed{seed}") for seed in results[name]]
-        right[name] = np.mean([[answer == given for answer, given in run] for run in runs], axis=0)
-    names = sorted(set(subjects.tolist()), key=int)
-    gaps = np.array([(right["main"] - right["control"])[subjects == name].mean() for name in names])
-    flips = np.array(list(itertools.product((-1, 1), repeat=len(gaps))))
-    p = np.mean(np.abs((flips * gaps).mean(1)) >= abs(gaps.mean()) - 1e-12)
-    return {"differences": dict(zip(names, gaps.tolist(), strict=True)), "mean": float(gaps.mean()), "p": float(p)}
+    main, control = (
+        np.mean([[answer == given for answer, given in _predictions(run)] for run in runs], axis=0)
+        for runs in (mains, controls)
+    )
+    return {name: float((main - control)[subjects == name].mean()) for name in np.unique(subjects).tolist()}
+
+
+def against_chance(gaps: dict[str, float]) -> dict[str, Any]:
+    """Differences by subject with their mean, and `p`, what a sign-flip test says of it.
+
+    How often subjects whose differences could as well be negative would differ by as much on average, to either side:
+    exact up to 16 subjects, else estimated from a sample.
+    """
+    from scipy.stats import permutation_test
+
+    values, num_flips = list(gaps.values()), 2**16
+    found = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=num_flips, rng=0)
+    return {
+        "differences": dict(sorted(gaps.items(), key=lambda gap: int(gap[0]))),
+        "mean": float(found.statistic),
+        "p": float(found.pvalue),
+    }
+
+
+def gaps_line(gaps: dict[str, Any]) -> str:
+    """What `against_chance` found, in words."""
+    each = ", ".join(f"{name}: {gap:+.3f}" for name, gap in gaps["differences"].items())
+    means = f"mean over subjects {gaps['mean']:+.3f}, p = {gaps['p']:.3f} (sign-flip test)"
+    return f"Soft prompt less control by subject: {each}; {means}."
 
 
 def to_markdown(results: dict[str, dict[int, Result]], summary: dict[str, Any], gaps: dict[str, Any]) -> str:
@@ -137,9 +151,7 @@ def to_markdown(results: dict[str, dict[int, Result]], summary: dict[str, Any], 
     ours, control = summary["main"]["mean"], summary["control"]["mean"]
     lines += ["", f"At least {REQUIRED}: {'yes' if ours >= REQUIRED else 'no'}. "]
     lines[-1] += f"Not below the control: {'yes' if ours >= control else 'no'} ({ours - control:+.3f})."
-    each = ", ".join(f"{name}: {gap:+.3f}" for name, gap in gaps["differences"].items())
-    lines += ["", f"Soft prompt less control by subject: {each}; mean over subjects {gaps['mean']:+.3f},"]
-    lines[-1] += f" p = {gaps['p']:.3f} (exact sign-flip test)."
+    lines += ["", gaps_line(gaps)]
     return "\n".join(lines) + "\n"
 
 
@@ -179,9 +191,10 @@ def draw_confusion(names: Sequence[str], counts: np.ndarray, path: Path) -> None
 def write_report(out: Path, results: dict[str, dict[int, Result]]) -> None:
     """report.md, report.json and confusion.png (of `main`, summed over seeds)."""
     summary = summarise(results)
-    names, counts = confusion([out / f"main_seed{seed}" for seed in results["main"]])
+    mains, controls = ([out / f"{name}_seed{seed}" for seed in results[name]] for name in ("main", "control"))
+    names, counts = confusion(mains)
     draw_confusion(names, counts, out / "confusion.png")
-    gaps = by_subject(out, results)
+    gaps = against_chance(by_subject(load_config(str(mains[0] / "config.yaml")), mains, controls))
     table = to_markdown(results, summary, gaps)
     write_atomic(out / "report.md", table)
     report = {"accuracy": summary, "by_subject": gaps, "runs": results, "versions": versions()}

@@ -195,19 +195,25 @@ def test_report_runs_every_variant_once(
         har_report.run_all(windows, tmp_path, [1], [*overrides, "training.batch_size=8"])
 
 
-def test_differences_that_all_have_one_sign_are_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of the four ways to flip the signs of two subjects' differences are as far from 0."""
-    rows = [SimpleNamespace(group=group) for group in ("25", "25", "30", "30")]
+def test_differences_by_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [SimpleNamespace(group=group) for group in ("9", "9", "30", "30")]
     data = Mock(spec=RowData, rows=lambda _: rows)
-    monkeypatch.setattr(har_report, "load_config", lambda _: None)
     monkeypatch.setattr(har_report, "assemble", lambda _: SimpleNamespace(data=data))
-    answers = {"main": "xxxy", "control": "xyyy"}  # x is right: 2 of 2 and 1 of 2, 1 of 2 and none
+    answers = {"main": "xxxy", "control": "xyyy", "again": "xyxx"}  # x is right
     for name, given in answers.items():
-        (tmp_path / f"{name}_seed1").mkdir()
+        (tmp_path / name).mkdir()
         lines = "".join(json.dumps({"answer": "x", "prediction": letter}) + "\n" for letter in given)
-        (tmp_path / f"{name}_seed1" / "predictions_test.jsonl").write_text(lines)
-    found = har_report.by_subject(tmp_path, {"main": {1: {}}, "control": {1: {}}})
-    assert found == {"differences": {"25": 0.5, "30": 0.5}, "mean": 0.5, "p": 0.5}
+        (tmp_path / name / "predictions_test.jsonl").write_text(lines)
+    found = har_report.by_subject(Mock(), [tmp_path / "main"], [tmp_path / "control", tmp_path / "again"])
+    assert found == {"9": 0.5, "30": 0.0}
+
+
+def test_differences_that_all_have_one_sign_are_rare() -> None:
+    """Two of the four ways to flip the signs of two subjects' differences are as far from 0."""
+    found = har_report.against_chance({"30": 0.25, "9": 0.5})
+    assert found == {"differences": {"30": 0.25, "9": 0.5}, "mean": 0.375, "p": 0.5}
+    assert "by subject: 9: +0.500, 30: +0.250; mean over subjects +0.375, p = 0.500" in har_report.gaps_line(found)
+    assert har_report.against_chance({str(n): 0.1 for n in range(10)})["p"] == 2 / 2**10
 
 
 def test_lying_windows_are_turned_to_all_sides() -> None:
@@ -228,12 +234,13 @@ def test_folds_leave_the_test_subjects_out(
     monkeypatch.setattr("sys.argv", argv)
     assert har_folds.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and lines[-1].startswith("main 0.") and "), control 0." in lines[-1]
-    assert all(re.search(r"[01]\.\d{3} \(lying on any side [01]\.\d{3}\)$", line) for line in lines)
+    assert len(lines) == 12 and lines[-2].startswith("main 0.") and "), control 0." in lines[-2]
+    assert all(re.search(r"[01]\.\d{3} \(lying on any side [01]\.\d{3}\)$", line) for line in lines[:-1])
+    assert re.findall(r"(\d+): [+-]", lines[-1]) == ["1", "2", "3", "4", "21", "22", "23"]
     left = np.load(tmp_path / "out" / "without_test.npz")["subject"]
     assert set(left.tolist()) == {1, 2, 3, 4, 21, 22, 23}
-    tested = [json.loads(line)["id"] for line in (tmp_path / "out/main_fold0/predictions_test.jsonl").open()]
-    assert len(tested) == 24  # subjects 1 and 23: every fifth
+    tested = [json.loads(line)["id"] for line in (tmp_path / "out/main_seed1_fold0/predictions_test.jsonl").open()]
+    assert len(tested) == 24  # subjects 1 and 22: every fifth
 
     monkeypatch.setattr(har_report, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr("sys.argv", [*argv, "--folds", "3", "0", "--models", "main"])
@@ -245,7 +252,7 @@ def test_folds_leave_the_test_subjects_out(
     moved = tmp_path / "moved.npz"
     np.savez(moved, **{**(arrays := dict(np.load(windows))), "X": arrays["X"][::-1]})
     refused = [
-        ([*argv, "training.batch_size=8", "--folds", "0"], 2, "main_fold0 holds a run of another configuration"),
+        ([*argv, "training.batch_size=8", "--folds", "0"], 2, "main_seed1_fold0 holds a run of another configuration"),
         (["har_folds", "--data", str(moved), *argv[3:]], 2, "holds folds of other data than"),
         (["har_folds", "--data", "nowhere.npz", *argv[3:]], 3, "no data file"),
         ([*argv, "--folds", "7"], 2, "invalid choice"),
