@@ -214,6 +214,7 @@ def test_differences_that_all_have_one_sign_are_rare() -> None:
     assert found == {"differences": {"30": 0.25, "9": 0.5}, "mean": 0.375, "p": 0.5}
     assert "by subject: 9: +0.500, 30: +0.250; mean over subjects +0.375, p = 0.500" in har_report.gaps_line(found)
     assert har_report.against_chance({str(n): 0.1 for n in range(10)})["p"] == 2 / 2**10
+    assert har_report.against_chance({"3": 0.5})["p"] == 1
 
 
 def test_lying_windows_are_turned_to_all_sides() -> None:
