@@ -1,6 +1,6 @@
 """Choose a recipe for real sensors without its test: soft prompt and control, cross-validated over the other subjects.
 
-    python tools/har_folds.py [key=value ...] --data har_total_acc_train.npz --out runs/har_folds
+    python -m tools.har_folds [key=value ...] --data har_total_acc_train.npz --out runs/har_folds
 
 The subjects of configs/timeseries/har.yaml that are not the test are dealt into five folds. Fold k is tested, fold
 k + 1 chooses the checkpoint, the other three train; the test subjects of the configuration are not in the file that is
@@ -22,14 +22,14 @@ from statistics import mean
 import numpy as np
 
 from mlx_training.assemble import RowData, assemble, load_run
-from mlx_training.config import RunConfig, load_config
+from mlx_training.config import RunConfig
 from mlx_training.data.augment import AXES, rotation
 from mlx_training.data.npz_file import read_npz
 from mlx_training.data.rows import Row
 from mlx_training.errors import ConfigError
 from mlx_training.evaluate import Evaluator
 from tools.har_control import TEST, load_control, score_control
-from tools.har_report import CONFIG, against_chance, by_subject, configure, ends_in_a_line, gaps_line, run_once
+from tools.har_report import against_chance, by_subject, configure, ends_in_a_line, gaps_line, run_once
 
 NUM_FOLDS, NUM_SIDES = 5, 12
 LYING = "laying"  # the data set's spelling
@@ -41,7 +41,7 @@ def without_test(data: Path, out: Path, overrides: Sequence[str]) -> tuple[Path,
 
     Raises what the configuration and its data do, and ConfigError when `out` has folds of other data.
     """
-    config = load_config(CONFIG, [*overrides, f"dataset.path={data}"])
+    config = configure(data, out, 0, overrides)
     splits, arrays = config.dataset.splits, read_npz(data)
     assert splits is not None and splits.group is not None, "the configuration splits by subject"
     rows = assemble(config).data
@@ -84,11 +84,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--folds", type=int, choices=range(NUM_FOLDS), nargs="+", default=list(range(NUM_FOLDS)))
-    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="only these")
+    parser.add_argument(
+        "--models", choices=MODELS, nargs="+", default=list(MODELS), help="only these (both, for the differences)"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, as for train")
     given = parser.parse_args()
+    seeds, folds, models = (list(dict.fromkeys(each)) for each in (given.seeds, given.folds, given.models))
     with ends_in_a_line():
-        cross_validate(given.data, given.out, given.seeds, given.folds, given.models, given.overrides)
+        cross_validate(given.data, given.out, seeds, folds, models, given.overrides)
     return 0
 
 
@@ -108,14 +111,16 @@ def cross_validate(
         runs: dict[str, list[Path]] = {name: [] for name in models}
         for seed, name in itertools.product(seeds, models):
             run = out / f"{name}_seed{seed}_fold{k}"
-            config = configure(path, run, seed, [f"dataset.splits.group={groups}", *overrides])
+            config = configure(path, run, seed, [*overrides, f"dataset.splits.group={groups}"])
             accuracy = run_once(name, config, run)["eval"]["accuracy"]
             runs[name].append(run)
             found[name].append((accuracy, accuracy_on_any_side(name, config, run)))
             print(f"fold {k} (subjects {folds[k]}), seed {seed}, {name}: {_shown(*found[name][-1])}", flush=True)
         if len(runs) == len(MODELS):
             gaps |= by_subject(config, runs["main"], runs["control"])
-    print(", ".join(f"{name} {_shown(*map(mean, zip(*pairs, strict=True)))}" for name, pairs in found.items()))
+    print(
+        "mean: " + ", ".join(f"{name} {_shown(*map(mean, zip(*pairs, strict=True)))}" for name, pairs in found.items())
+    )
     if gaps:
         print(gaps_line(against_chance(gaps)))
 

@@ -1,6 +1,6 @@
 """Evidence on real sensors: activities through the frozen LM, beside a linear head on the same encoder.
 
-    python tools/har_report.py [key=value ...] --data har_total_acc_train.npz --out runs/har_report [--seeds 1 2 3]
+    python -m tools.har_report [key=value ...] --data har_total_acc_train.npz --out runs/har_report [--seeds 1 2 3]
 
 For every seed: `main` (configs/timeseries/har.yaml), `no_scale` (the same without the numeric scale: only the shape of
 a series is left) and `control` (tools/har_control.py). Test subjects are read once a run, after the choice of its
@@ -75,16 +75,25 @@ def ends_in_a_line() -> Iterator[None]:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}; give another --data or --out", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except (Interrupted, KeyboardInterrupt) as error:
-        print("interrupted; the same command goes on with the run that was not finished", file=sys.stderr)
+        print("interrupted; the same command goes on from here (a control begins anew)", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
 
 
 def configure(data: Path, run: Path, seed: int, overrides: Sequence[str]) -> RunConfig:
-    """The shipped configuration with this data, seed and run directory."""
-    own = [f"dataset.path={data}", f"output_dir={run}", f"experiment.seed={seed}"]
-    own += [f"evaluation.test_split={TEST}", "evaluation.save_predictions=true"]
-    return load_config(CONFIG, [*own, *overrides])
+    """The shipped configuration with this data, seed and run directory.
+
+    Raises ConfigError for overrides of these and of what the tools need: predictions of the test.
+    """
+    own = {"dataset.path": data, "output_dir": run, "experiment.seed": seed}
+    own |= {"evaluation.test_split": TEST, "evaluation.save_predictions": "true"}
+    for override in overrides:
+        if (key := override.partition("=")[0]) in own:
+            raise ConfigError(f"{override}: the tool sets {key} itself (see --data, --out, --seeds); leave it out")
+    return load_config(CONFIG, [*(f"{key}={value}" for key, value in own.items()), *overrides])
 
 
 def summarise(results: dict[str, dict[int, Result]]) -> dict[str, Any]:

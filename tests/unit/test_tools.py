@@ -235,7 +235,7 @@ def test_folds_leave_the_test_subjects_out(
     monkeypatch.setattr("sys.argv", argv)
     assert har_folds.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12 and lines[-2].startswith("main 0.") and "), control 0." in lines[-2]
+    assert len(lines) == 12 and lines[-2].startswith("mean: main 0.") and "), control 0." in lines[-2]
     assert all(re.search(r"[01]\.\d{3} \(lying on any side [01]\.\d{3}\)$", line) for line in lines[:-1])
     assert re.findall(r"(\d+): [+-]", lines[-1]) == ["1", "2", "3", "4", "21", "22", "23"]
     left = np.load(tmp_path / "out" / "without_test.npz")["subject"]
@@ -244,11 +244,11 @@ def test_folds_leave_the_test_subjects_out(
     assert len(tested) == 24  # subjects 1 and 22: every fifth
 
     monkeypatch.setattr(har_report, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("sys.argv", [*argv, "--folds", "3", "0", "--models", "main"])
+    monkeypatch.setattr("sys.argv", [*argv, "--folds", "3", "0", "3", "--models", "main"])
     assert har_folds.main() == 0
     again = capsys.readouterr().out.splitlines()
     assert again[:2] == [line for k in (3, 0) for line in lines if line.startswith(f"fold {k} ") and "main:" in line]
-    assert len(again) == 3 and again[2].startswith("main 0.") and "control" not in again[2]
+    assert len(again) == 3 and again[2].startswith("mean: main 0.") and "control" not in again[2]
 
     moved = tmp_path / "moved.npz"
     np.savez(moved, **{**(arrays := dict(np.load(windows))), "X": arrays["X"][::-1]})
@@ -257,6 +257,9 @@ def test_folds_leave_the_test_subjects_out(
         (["har_folds", "--data", str(moved), *argv[3:]], 2, "holds folds of other data than"),
         (["har_folds", "--data", "nowhere.npz", *argv[3:]], 3, "no data file"),
         ([*argv, "--folds", "7"], 2, "invalid choice"),
+        ([*argv, f"dataset.path={windows}"], 2, "the tool sets dataset.path itself"),
+        ([*argv, "evaluation.save_predictions=false"], 2, "the tool sets evaluation.save_predictions itself"),
+        (["har_folds", "--data", str(windows), "--out", str(windows), *argv[5:]], 2, "give another --data or --out"),
     ]
     for given, code, message in refused:
         monkeypatch.setattr("sys.argv", given)
@@ -281,4 +284,4 @@ def test_folds_in_which_nobody_lies(
     monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "again")])
     with pytest.raises(SystemExit, match="130"):
         har_folds.main()
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command goes on from here" in capsys.readouterr().err
