@@ -5,8 +5,9 @@
 The subjects of configs/timeseries/har.yaml that are not the test are dealt into five folds. Fold k is tested, fold
 k + 1 chooses the checkpoint, the other three train; the test subjects of the configuration are not in the file that is
 read. Beside each accuracy stands another, of the fold's lying windows turned about x to 12 sides: people lie on any
-side, but the few of a fold do not, and an answer must not depend on it. Given again, the command leaves what is
-finished; another configuration or other data need another --out.
+side, but the few of a fold do not, and an answer must not depend on it. The last line says how the two differ on each
+subject, as a mean over seeds. Given again, the command leaves what is finished; another configuration or other data
+need another --out.
 """
 
 import argparse

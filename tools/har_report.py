@@ -76,7 +76,7 @@ def ends_in_a_line() -> Iterator[None]:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}; give another --data or --out", file=sys.stderr)
+        print(f"{error}; give another --data or --out", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
     except (Interrupted, KeyboardInterrupt) as error:
         print("interrupted; the same command goes on from here (a control begins anew)", file=sys.stderr)
